@@ -1,0 +1,159 @@
+"""The torch.compile backend: ``torch.compile(model, backend="moe_sparse", options={...})``."""
+
+from __future__ import annotations
+
+import difflib
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from moe_fx.pipeline import Settings, run
+from moe_fx.policy import from_config
+from moe_fx.report import Report
+from moe_fx.tables import roots_on_stack
+
+
+class OptionError(ValueError):
+    """An option of the backend is wrong; the message says what was expected."""
+
+
+#: Every key of ``options`` and what it may be.
+OPTIONS = {
+    "policy": "a policy, a dict such as {'name': 'sere', 'artifact': 'model.moe.safetensors', 'primary': 2}, or a list of those",
+    "inner": "the name of a torch.compile backend, or a callable (graph_module, example_inputs) -> callable",
+    "inner_options": "a dict, handed to the inner compiler as its options",
+    "strict": "True or False: whether a real router that cannot be rewritten is an error",
+    "stats": "True or False: whether to count active experts while the model runs (read them with moe_fx.stats())",
+}
+
+
+def moe_sparse(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph with its MoE routing rewritten.  Registered as ``backend="moe_sparse"``.
+
+    Args:
+        gm: the graph Dynamo captured.
+        example_inputs: its inputs.
+        options: see ``OPTIONS``; none of them is needed.  Without a policy the routing stays exact top-K.
+        mode: torch.compile's mode, for the Inductor inner compiler.
+
+    Raises:
+        OptionError, PolicyError, ArtifactError: what the user asked for is wrong, or does not fit this model.
+        UnrewrittenError: with ``strict``, a router was left alone.
+    """
+    start = time.perf_counter()
+    settings, inner = _parse(options or {}, mode)
+    report = _report_for(options)
+    new = run(gm, settings, report)
+    compiled = inner(new, list(example_inputs))
+    report.compile_seconds += time.perf_counter() - start
+    return compiled
+
+
+def _parse(options: Mapping[str, Any], mode: str | None) -> tuple[Settings, Callable[..., Any]]:
+    for key in options:
+        if key not in OPTIONS:
+            near = difflib.get_close_matches(str(key), OPTIONS, n=1)
+            hint = f" (did you mean '{near[0]}'?)" if near else ""
+            raise OptionError(f"unknown option '{key}' for backend moe_sparse{hint}: known are {', '.join(OPTIONS)}")
+    for key in ("strict", "stats"):
+        if not isinstance(options.get(key, False), bool):
+            raise OptionError(f"option '{key}' is {options[key]!r}, expected {OPTIONS[key]}")
+    settings = Settings(from_config(options.get("policy")), options.get("strict", False), options.get("stats", False))
+    return settings, _inner_compiler(options.get("inner", "inductor"), options.get("inner_options"), mode)
+
+
+def _inner_compiler(inner: object, inner_options: object, mode: str | None) -> Callable[..., Any]:
+    """The compiler that gets the rewritten graph."""
+    if inner_options is not None and not isinstance(inner_options, Mapping):
+        raise OptionError(f"option 'inner_options' is {inner_options!r}, expected {OPTIONS['inner_options']}")
+    kwargs: dict[str, Any] = {} if inner_options is None else {"options": dict(inner_options)}
+    if callable(inner):
+        return lambda gm, inputs: inner(gm, inputs, **kwargs)
+    if not isinstance(inner, str):
+        raise OptionError(f"option 'inner' is {inner!r}, expected {OPTIONS['inner']}")
+    if inner == "inductor":
+        # the wrapper torch.compile itself uses, so that mode and options mean what they mean there
+        return torch._TorchCompileInductorWrapper(mode, kwargs.get("options"), None)
+    if mode not in (None, "default"):
+        raise OptionError(f"mode={mode!r} is for the inner compiler 'inductor', and inner is '{inner}'")
+    known = torch._dynamo.list_backends(exclude_tags=())
+    if inner == "moe_sparse" or inner not in known:
+        names = ", ".join(sorted(b for b in known if b != "moe_sparse"))
+        raise OptionError(f"unknown inner compiler '{inner}': expected one of {names}, or a callable")
+    backend = torch._dynamo.lookup_backend(inner)
+    return lambda gm, inputs: backend(gm, inputs, **kwargs)
+
+
+# ------------------------------------------------------------------------------------------------------ reports
+
+
+class _Latest:
+    """The report that is being filled, and the compile it belongs to."""
+
+    report: Report = Report()
+    options: object = None
+    root: weakref.ref[nn.Module] | None = None
+
+
+def _report_for(options: Mapping[str, Any] | None) -> Report:
+    """The report of the model being compiled: all graphs of one model and one set of options go into one."""
+    roots = roots_on_stack()
+    root = roots[0] if roots else None
+    last = _Latest.root() if _Latest.root is not None else None
+    if root is None or last is not root or _Latest.options is not options:
+        _Latest.report = Report()
+        _Latest.options = options
+        _Latest.root = weakref.ref(root) if root is not None else None
+    return _Latest.report
+
+
+def _forget() -> None:
+    """Called by ``torch._dynamo.reset``: what is compiled next belongs to a new report."""
+    _Latest.root = None
+
+
+moe_sparse.reset = _forget  # type: ignore[attr-defined]
+
+
+def last_report() -> Report:
+    """The report of the most recent compile by this backend in this process; empty before the first."""
+    return _Latest.report
+
+
+def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+    """Run ``model(*args, **kwargs)`` once and report its sites, its skips and what a policy would rewrite.
+
+    Nothing is compiled beyond tracing.  For a model already compiled with ``backend="moe_sparse"`` its own options
+    apply; for any other, exact top-K.
+
+    Raises:
+        What the model itself raises on these arguments, and what ``moe_sparse`` raises.
+    """
+    options = {**_options_of(model), "inner": "eager"}
+    options.pop("inner_options", None)
+    compiled = torch.compile(getattr(model, "_orig_mod", model), backend=moe_sparse, options=options)
+    _forget()
+    _Latest.report = report = Report()
+    compiled(*args, **kwargs)
+    return report if report.graphs else last_report()
+
+
+def _options_of(model: object) -> dict[str, Any]:
+    """The options a compiled module was given, if this backend compiled it."""
+    compiler = getattr(getattr(model, "dynamo_ctx", None), "_torchdynamo_orig_backend", None)
+    compiler = compiler or getattr(getattr(model, "dynamo_ctx", None), "callback", None)
+    while compiler is not None and not isinstance(compiler, torch._TorchCompileWrapper):
+        compiler = getattr(compiler, "_torchdynamo_orig_backend", None)
+    if compiler is None or compiler.compiler_name != "moe_sparse":
+        return {}
+    return dict(compiler.kwargs.get("options") or {})

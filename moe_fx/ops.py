@@ -1,0 +1,231 @@
+"""The custom ops ``torch.ops.moe_fx.*``: schemas, checks, dispatch to the kernels, fake kernels and autograd.
+
+What they compute stands in ``moe_fx.kernels.reference``.  They are defined with ``Library.define`` and ``impl`` and not
+with ``torch.library.custom_op``, because a call then costs about 2 microseconds and not 6, and a call is made for every
+layer of every decode step.  Triton is imported at the first call on a CUDA tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_fx.kernels import cpu, reference
+
+# Checks: of dtypes and shapes only, so that they hold for fake tensors too and never wait for a device.
+
+
+def _check_ids(topk_ids: Tensor) -> None:
+    if topk_ids.dtype != torch.int64 and topk_ids.dtype != torch.int32:
+        raise TypeError(f"topk_ids must be int32 or int64, but it is {topk_ids.dtype}: cast it")
+
+
+def _check_picks(topk_ids: Tensor) -> None:
+    _check_ids(topk_ids)
+    if topk_ids.dim() != 2:
+        raise ValueError(f"topk_ids must be [tokens, picks], but it is {list(topk_ids.shape)}: flatten its tokens")
+
+
+def _check_weighted_picks(topk_weights: Tensor, topk_ids: Tensor) -> None:
+    _check_picks(topk_ids)
+    if topk_weights.shape != topk_ids.shape:
+        raise ValueError(
+            f"topk_weights must have the shape of topk_ids, {list(topk_ids.shape)}, but it is "
+            f"{list(topk_weights.shape)}: give one weight per pick"
+        )
+    if not topk_weights.is_floating_point():
+        raise TypeError(f"topk_weights must be floating point, but it is {topk_weights.dtype}: cast it")
+
+
+def _check_sere_reroute(
+    topk_ids: Tensor,
+    similarity: Tensor,
+    primary: int,
+    threshold: float,
+    valid_tokens: Tensor | None = None,
+    max_tokens: int | None = None,
+) -> None:
+    _check_picks(topk_ids)
+    if similarity.dim() != 2 or similarity.shape[0] != similarity.shape[1]:
+        raise ValueError(
+            f"similarity must be [experts, experts], but it is {list(similarity.shape)}: "
+            "give the similarity of every pair of experts"
+        )
+    if not similarity.is_floating_point():
+        raise TypeError(f"similarity must be floating point, but it is {similarity.dtype}: cast it")
+    if primary < 1:
+        raise ValueError(f"primary must be at least 1, but it is {primary}: some pick of a token must keep its expert")
+    if valid_tokens is not None:
+        _check_valid_tokens(topk_ids, valid_tokens)
+
+
+def _check_valid_tokens(topk_ids: Tensor, valid_tokens: Tensor) -> None:
+    if valid_tokens.dtype == torch.bool:
+        fits = valid_tokens.dim() == 1 and valid_tokens.shape[0] == topk_ids.shape[0]
+    else:
+        fits = valid_tokens.numel() == 1 and valid_tokens.dtype in (torch.int32, torch.int64)
+    if not fits:
+        raise ValueError(
+            f"valid_tokens must be bool [{topk_ids.shape[0]}], or int32 or int64 with one element, but it is "
+            f"{valid_tokens.dtype} {list(valid_tokens.shape)}: give a mask of the real tokens or their number"
+        )
+
+
+def _check_beam_mask(topk_weights: Tensor, topk_ids: Tensor, mask_logits: Tensor, tau: float) -> None:
+    _check_weighted_picks(topk_weights, topk_ids)
+    if mask_logits.dim() != 2 or mask_logits.shape[0] != topk_ids.shape[0] or mask_logits.shape[1] < 1:
+        raise ValueError(
+            f"mask_logits must be [{topk_ids.shape[0]}, experts], but it is {list(mask_logits.shape)}: "
+            "give one row of logits per token"
+        )
+    if not mask_logits.is_floating_point():
+        raise TypeError(f"mask_logits must be floating point, but it is {mask_logits.dtype}: cast it")
+    if not 0 < tau < 1:
+        raise ValueError(f"tau must lie between 0 and 1, both excluded, but it is {tau}: 0.5 is the usual value")
+
+
+def _check_count_active(topk_ids: Tensor, num_experts: int) -> None:
+    _check_ids(topk_ids)
+    if num_experts < 0:
+        raise ValueError(f"num_experts must not be negative, but it is {num_experts}")
+
+
+# Autograd
+
+
+def _save_for_beam_mask(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    topk_weights, topk_ids, mask_logits, _ = inputs
+    ctx.save_for_backward(topk_weights, topk_ids, mask_logits, output[1])
+
+
+def _beam_mask_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, Tensor | None, None]:
+    """Straight-through: the hard mask for the weights, the sigmoid's slope at every pick for the mask logits."""
+    topk_weights, topk_ids, mask_logits, new_ids = ctx.saved_tensors
+    grad_weights = torch.where(new_ids >= 0, grad, 0)  # [T, K]
+    if not ctx.needs_input_grad[2]:
+        return grad_weights, None, None, None
+    has_row = (topk_ids >= 0) & (topk_ids < mask_logits.shape[1])
+    row = torch.where(has_row, topk_ids, 0).long()
+    wide = torch.promote_types(mask_logits.dtype, torch.float32)
+    probability = mask_logits.gather(1, row).to(wide).sigmoid()
+    slope = grad.to(wide) * topk_weights.to(wide) * probability * (1 - probability)  # [T, K]
+    grad_logits = torch.zeros_like(mask_logits, dtype=wide).scatter_add(1, row, torch.where(has_row, slope, 0))
+    return grad_weights, None, grad_logits.to(mask_logits.dtype), None
+
+
+def _save_for_fold_masked(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _fold_masked_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None]:
+    (topk_ids,) = ctx.saved_tensors
+    return torch.where(topk_ids >= 0, grad, 0), None
+
+
+# Registration
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+@functools.cache
+def _launcher(name: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"moe_fx.kernels.{name}"), name)
+
+
+def _triton(name: str) -> Callable[..., Any]:
+    """The launcher of ``moe_fx.kernels.<name>``, imported at the first call, on the device of the first tensor."""
+
+    def launch(first: Tensor, *args: Any) -> Any:
+        for other in args:
+            if isinstance(other, Tensor) and other.device != first.device:
+                raise ValueError(f"{name}: a tensor is on {other.device}, another on {first.device}: move it there")
+        with torch.cuda.device(first.device):  # Triton launches on the current device
+            return _launcher(name)(first, *args)
+
+    return launch
+
+
+def _after(check: Callable[..., None], function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        check(*args)
+        return function(*args)
+
+    return call
+
+
+def _define(
+    library: torch.library.Library,
+    name: str,
+    schema: str,
+    check: Callable[..., None],
+    *,
+    on_cpu: Callable[..., Any],
+    on_cuda: Callable[..., Any],
+    fake: Callable[..., Any],
+) -> None:
+    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, _after(check, on_cpu), "CPU")
+    library.impl(name, _after(check, on_cuda), "CUDA")
+    torch.library.register_fake(f"moe_fx::{name}", _after(check, fake), lib=library)
+
+
+def _define_all() -> None:
+    library = torch.library.Library("moe_fx", "FRAGMENT")
+    _define(
+        library,
+        "sere_reroute",
+        "(Tensor topk_ids, Tensor similarity, int primary, float threshold, Tensor? valid_tokens=None, "
+        "int? max_tokens=None) -> Tensor",
+        _check_sere_reroute,
+        on_cpu=cpu.sere_reroute,
+        on_cuda=_triton("sere_reroute"),
+        fake=lambda topk_ids, *_: _like(topk_ids),
+    )
+    _define(
+        library,
+        "beam_mask",
+        "(Tensor topk_weights, Tensor topk_ids, Tensor mask_logits, float tau) -> (Tensor, Tensor)",
+        _check_beam_mask,
+        on_cpu=cpu.beam_mask,
+        on_cuda=_triton("beam_mask"),
+        fake=lambda topk_weights, topk_ids, *_: (_like(topk_weights), _like(topk_ids)),
+    )
+    torch.library.register_autograd(
+        "moe_fx::beam_mask", _beam_mask_backward, setup_context=_save_for_beam_mask, lib=library
+    )
+    _define(
+        library,
+        "fold_masked",
+        "(Tensor topk_weights, Tensor topk_ids) -> (Tensor, Tensor)",
+        _check_weighted_picks,
+        on_cpu=cpu.fold_masked,
+        on_cuda=_triton("fold_masked"),
+        fake=lambda topk_weights, topk_ids: (_like(topk_weights), _like(topk_ids)),
+    )
+    torch.library.register_autograd(
+        "moe_fx::fold_masked", _fold_masked_backward, setup_context=_save_for_fold_masked, lib=library
+    )
+    _define(
+        library,
+        "count_active",
+        "(Tensor topk_ids, int num_experts) -> Tensor",
+        _check_count_active,
+        on_cpu=cpu.count_active,
+        on_cuda=reference.count_active,
+        fake=lambda topk_ids, num_experts: topk_ids.new_empty((), dtype=torch.int64),
+    )
+    _LIBRARIES.append(library)
+
+
+# The registrations live as long as their Library.  A second import of this module must not define the ops again; the
+# first module's functions, which the dispatcher holds, keep this list alive.
+_LIBRARIES: list[torch.library.Library] = []
+if not hasattr(torch.ops.moe_fx, "sere_reroute"):
+    _define_all()

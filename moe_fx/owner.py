@@ -1,0 +1,80 @@
+"""The modules behind a graph's inputs, which tell what the graph cannot: full names, and whose experts follow."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.fx.node import Node
+
+from moe_fx.passes.graph import source_name
+from moe_fx.site import Layers, Site, normal_name
+from moe_fx.tables import parameter_name, roots_on_stack, tensors
+
+
+class ModuleOwner:
+    """The modules behind one Dynamo graph's inputs."""
+
+    def __init__(self, roots: list[nn.Module] | None = None, known_sites: frozenset[str] = frozenset()) -> None:
+        self.roots = roots_on_stack() if roots is None else roots
+        self._known_sites = known_sites
+
+    def layers(self, weight: Node, site: Site) -> Layers:
+        """Which layers of which root run the graph that ``weight`` (a router's) is an input of."""
+        tensor, relative = _real_tensor(weight), normal_name(source_name(weight) or "")
+        candidates = [c for root in self.roots if (c := _layers_in(root, tensor, relative)) is not None]
+        # an artifact's site names tell which of several nested modules the user calls the model
+        named = [c for c in candidates if self._known_sites.intersection(c.names(site.name))]
+        return next(iter([*named, *candidates]), Layers())
+
+    def expert_block(self, weight: Node, num_experts: int) -> str | None:
+        """The smallest module around a router's weight that holds ``num_experts`` experts, as the graph names it."""
+        tensor, relative = _real_tensor(weight), normal_name(source_name(weight) or "")
+        for root in self.roots:
+            full = parameter_name(root, tensor) if tensor is not None else None
+            if full is None or not (full == relative or full.endswith("." + relative)):
+                continue
+            prefix = full[: len(full) - len(relative)].strip(".")
+            path = relative
+            while path:
+                path = path.rpartition(".")[0]
+                if _holds_experts(_submodule(root, ".".join(p for p in (prefix, path) if p)), tensor, num_experts):
+                    return path
+        return None
+
+
+def _real_tensor(placeholder: Node) -> Tensor | None:
+    """The tensor that was passed for a Dynamo graph input while it was traced."""
+    graph_argument = placeholder.meta.get("grapharg")
+    example = getattr(graph_argument, "example", None)
+    return example if isinstance(example, Tensor) else None
+
+
+def _layers_in(root: nn.Module, tensor: Tensor | None, relative: str) -> Layers | None:
+    full = parameter_name(root, tensor) if tensor is not None else None
+    if full is None or tensor is None:
+        return None
+    if full == relative:
+        return Layers()
+    if not full.endswith("." + relative):
+        return None
+    prefix = full.removesuffix("." + relative)
+    kind = type(_submodule(root, prefix))
+    twins = [
+        normal_name(name) for name, p in tensors(root)
+        if normal_name(name).endswith("." + relative) and p.shape == tensor.shape
+    ]  # fmt: skip
+    prefixes = [t.removesuffix("." + relative) for t in twins]
+    return Layers(tuple(p for p in prefixes if type(_submodule(root, p)) is kind), shared=True)
+
+
+def _submodule(root: nn.Module, path: str) -> nn.Module | None:
+    """A submodule by its normal-form path, through wrapper modules that the normal form leaves out."""
+    return {normal_name(name): module for name, module in root.named_modules(remove_duplicate=False)}.get(path)
+
+
+def _holds_experts(block: nn.Module | None, router_weight: Tensor | None, num_experts: int) -> bool:
+    """Whether a module holds ``num_experts`` experts: stacked weights, or a list of as many modules."""
+    if block is None:
+        return False
+    stacked = any(p.dim() >= 3 and p.shape[0] == num_experts for p in block.parameters() if p is not router_weight)
+    lists = (m for m in block.modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict)))
+    return stacked or any(len(m) == num_experts for m in lists)

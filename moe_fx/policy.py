@@ -1,0 +1,254 @@
+"""Policies: what to do at a site.  ``TopK`` leaves the routing as it is, ``SERE`` and ``BEAM`` change it.
+
+A new policy is a frozen dataclass below and an entry in ``POLICIES``; what it does to a graph is in
+``passes/reroute.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, ClassVar
+
+from moe_fx.artifacts import Artifact
+
+
+class PolicyError(ValueError):
+    """A policy cannot be made or applied; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Base of all policies: immutable settings, equal when their values are.
+
+    ``name`` is what a configuration calls the policy; ``kind`` is the kind of tensor that it reads from its artifact.
+    """
+
+    name: ClassVar[str] = ""
+    kind: ClassVar[str | None] = None
+
+    def __post_init__(self) -> None:
+        if type(self) is Policy:
+            raise PolicyError(f"Policy is only the base: use one of {_class_names()}")
+
+    def describe(self) -> str:
+        """For reports, such as ``SERE(primary=2, threshold=0.3)``: no artifact, and nothing that is unset."""
+        is_set = {key: value for key, value in self._settings().items() if value is not None and value is not False}
+        shown = ", ".join(f"{key}={value}" for key, value in is_set.items())
+        return f"{type(self).__name__}({shown})" if shown else type(self).__name__
+
+    @property
+    def digest(self) -> str:
+        """Hex sha256 over the settings and the artifact's tensors: the same in every process, for compile caches."""
+        artifact = getattr(self, "artifact", None)
+        content = [self.name, self._settings(), None if artifact is None else artifact.digest]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def _settings(self) -> dict[str, Any]:
+        fields = dataclasses.fields(self)
+        return {field.name: getattr(self, field.name) for field in fields if field.name != "artifact"}
+
+
+@dataclass(frozen=True)
+class TopK(Policy):
+    """Exact top-K: the routing stays as the model computes it."""
+
+    name: ClassVar[str] = "topk"
+
+
+@dataclass(frozen=True)
+class SERE(Policy):
+    """Move secondary picks to the most similar expert that the batch reads anyway (arXiv 2602.07616).
+
+    Args:
+        artifact: ``similarity`` per site: an ``Artifact``, or the path of one, which is read at once.  It may be left
+            out here, but not where the policy is applied.
+        primary: S, at least 1: how many of each token's best picks are primary, and never move.
+        threshold: in [-1, 1].  Above 0, a pick moves only to an expert at least this similar.
+        max_tokens: at least 1: batches of more tokens are left alone.  None: no limit.
+
+    Raises:
+        PolicyError: a setting outside its range, or an artifact without similarity.
+        ArtifactError: the file at the path cannot be used.
+    """
+
+    name: ClassVar[str] = "sere"
+    kind: ClassVar[str | None] = "similarity"
+
+    artifact: Artifact | None = None
+    primary: int = 2
+    threshold: float = 0.0
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        _set(self, "primary", _count(self, "primary"))
+        _set(self, "threshold", _number(self, "threshold", "in [-1, 1]", lambda value: -1 <= value <= 1))
+        _set(self, "max_tokens", None if self.max_tokens is None else _count(self, "max_tokens"))
+        _set(self, "artifact", _artifact(self))
+
+    def require_artifact(self) -> Artifact:
+        """The artifact.
+
+        Raises:
+            PolicyError: there is none.
+        """
+        if self.artifact is None:
+            raise PolicyError(
+                "SERE needs an artifact: moe_fx.SERE(moe_fx.calibrate(model, batches)), or the path of a saved one"
+            )
+        return self.artifact
+
+
+@dataclass(frozen=True)
+class BEAM(Policy):
+    """Switch off the picks that a trained mask router rejects (arXiv 2605.14438).
+
+    Args:
+        artifact: ``mask_router`` per site: an ``Artifact``, or the path of one, which is read at once.  None: mask
+            routers of zeros, which switch nothing off, to start training from.
+        tau: in (0, 1): a pick stays on where the sigmoid of its mask logit reaches it.
+        train: whether the mask routers learn.
+
+    Raises:
+        PolicyError: a setting outside its range, or an artifact without mask routers.
+        ArtifactError: the file at the path cannot be used.
+    """
+
+    name: ClassVar[str] = "beam"
+    kind: ClassVar[str | None] = "mask_router"
+
+    artifact: Artifact | None = None
+    tau: float = 0.5
+    train: bool = False
+
+    def __post_init__(self) -> None:
+        _set(self, "tau", _number(self, "tau", "strictly between 0 and 1", lambda value: 0 < value < 1))
+        if not isinstance(self.train, bool):
+            raise PolicyError(f"BEAM's train must be True or False, but got {_show(self.train)}")
+        _set(self, "artifact", _artifact(self))
+
+
+# What a configuration can name.
+POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (TopK, SERE, BEAM)}
+
+
+def from_config(config: object) -> tuple[Policy, ...]:
+    """The policies that a configuration asks for, in the order in which they apply; never empty.
+
+    Args:
+        config: None (exact top-K), a ``Policy``, a name such as ``"topk"``, a mapping such as ``{"name": "sere",
+            "artifact": "model.moe.safetensors", "primary": 2}``, or a list of these, to apply one after the other.
+
+    Raises:
+        PolicyError: an unknown name or key, a bad value, or policies that do not go together.
+        ArtifactError: an artifact's file cannot be used.
+    """
+    if config is None:
+        return (TopK(),)
+    parts = config if isinstance(config, (list, tuple)) else [config]
+    policies = [policy for policy in map(_from_part, parts) if not isinstance(policy, TopK)]
+    _check_composition(policies)
+    return tuple(policies) or (TopK(),)
+
+
+def _from_part(part: object) -> Policy:
+    if isinstance(part, Policy):
+        return part
+    if isinstance(part, str):
+        return _class_named(part)()
+    if isinstance(part, Mapping):
+        return _from_mapping(part)
+    hint = f": write {part.__name__}(...)" if isinstance(part, type) else ""
+    raise PolicyError(
+        f"a policy must be one of {_class_names()}, a name, or a mapping with a 'name', but got {_show(part)}{hint}"
+    )
+
+
+def _from_mapping(part: Mapping[Any, Any]) -> Policy:
+    if "name" not in part:
+        raise PolicyError(f"a policy's mapping needs a 'name', one of {_listed(POLICIES)}, but got {_show(dict(part))}")
+    policy_class = _class_named(part["name"])
+    settings = {key: value for key, value in part.items() if key != "name"}
+    allowed = [field.name for field in dataclasses.fields(policy_class)]
+    for key in settings:
+        if key not in allowed:
+            raise PolicyError(
+                f"policy '{policy_class.name}' has no setting {key!r}{_did_you_mean(key, allowed)}: "
+                f"it has {_listed(allowed) if allowed else 'none'}"
+            )
+    return policy_class(**settings)
+
+
+def _class_named(name: object) -> type[Policy]:
+    policy_class = POLICIES.get(name.lower()) if isinstance(name, str) else None
+    if policy_class is None:
+        hint = _did_you_mean(name, POLICIES)
+        raise PolicyError(f"unknown policy {name!r}{hint}: the policies are {_listed(POLICIES)}")
+    return policy_class
+
+
+def _check_composition(policies: Sequence[Policy]) -> None:
+    names = [policy.name for policy in policies]
+    for name in names:
+        if names.count(name) > 1:
+            raise PolicyError(f"policy '{name}' is given {names.count(name)} times: give it once")
+    if SERE.name in names and BEAM.name in names and names.index(SERE.name) < names.index(BEAM.name):
+        raise PolicyError(
+            "SERE comes before BEAM, but SERE must see which picks are off, or it moves them and counts them as "
+            "primary: write [BEAM(...), SERE(...)]"
+        )
+
+
+def _artifact(policy: SERE | BEAM) -> Artifact | None:
+    """The policy's artifact, read from its file if it is a path, and sure to hold what the policy reads."""
+    given: object = policy.artifact
+    who = type(policy).__name__
+    if given is None:
+        return None
+    if not isinstance(given, (Artifact, str, os.PathLike)):
+        raise PolicyError(f"{who}'s artifact must be a moe_fx.Artifact, a path or None, but got {_show(given)}")
+    artifact = given if isinstance(given, Artifact) else Artifact.load(given)
+    if policy.kind not in artifact.kinds:
+        raise PolicyError(f"{who} reads {policy.kind} from its artifact, but it has only {_listed(artifact.kinds)}")
+    return artifact
+
+
+def _count(policy: Policy, key: str) -> int:
+    value = getattr(policy, key)
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise PolicyError(f"{type(policy).__name__}'s {key} must be an integer of at least 1, but got {_show(value)}")
+    return int(value)
+
+
+def _number(policy: Policy, key: str, allowed: str, is_allowed: Callable[[Any], bool]) -> float:
+    value = getattr(policy, key)
+    if isinstance(value, bool) or not isinstance(value, Real) or not is_allowed(value):  # NaN is in no range
+        raise PolicyError(f"{type(policy).__name__}'s {key} must be a number {allowed}, but got {_show(value)}")
+    return float(value) + 0.0  # -0.0 becomes 0.0, so that equal settings have equal digests
+
+
+def _set(policy: Policy, key: str, value: object) -> None:
+    object.__setattr__(policy, key, value)  # the way into a frozen dataclass from its own __post_init__
+
+
+def _did_you_mean(name: object, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name).lower(), list(known), n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
+
+
+def _class_names() -> str:
+    return ", ".join(f"moe_fx.{policy.__name__}" for policy in POLICIES.values())
+
+
+def _show(value: object) -> str:
+    return f"{value!r:.80} ({type(value).__name__})"

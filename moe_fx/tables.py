@@ -1,0 +1,127 @@
+"""Artifact tensors looked up while a graph runs, for graphs that several layers share.
+
+Dynamo names the inputs of a graph from the frame it traced.  When a model's graphs break inside the MoE block, that
+frame is the block's own forward, every layer runs the same compiled graph, and ``L['self']`` is all the graph knows.
+The layer is then found by the identity of its router's weight among the parameters of the root module, which is on
+the Python stack both while a graph is compiled and while it runs.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from moe_fx.artifacts import Artifact
+from moe_fx.site import normal_name
+
+
+def roots_on_stack() -> list[nn.Module]:
+    """Modules that may be the one the user compiled, best first.
+
+    The innermost compiled module on the stack is it; where the user compiled a bound ``forward`` instead, it is the
+    outermost module whose forward is running.
+    """
+    modules, compiled = [], []
+    frame = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_locals.get("self") if "self" in frame.f_code.co_varnames[:1] else None
+        if isinstance(module, torch._dynamo.OptimizedModule):
+            compiled.append(module._orig_mod)
+        elif isinstance(module, nn.Module) and not isinstance(module, torch.fx.GraphModule):
+            modules.append(module)
+        frame = frame.f_back  # type: ignore[assignment]
+    return list({id(m): m for m in [*compiled[:1], *modules[-1:], *compiled[1:]]}.values())
+
+
+def parameter_name(root: nn.Module, tensor: Tensor) -> str | None:
+    """The normal-form name of a parameter or buffer of ``root``, by identity of its memory; None if it has none."""
+    for name, candidate in tensors(root):
+        if candidate is tensor or (candidate.data_ptr() == tensor.data_ptr() and candidate.shape == tensor.shape):
+            return normal_name(name)
+    return None
+
+
+def tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from root.named_parameters(remove_duplicate=False)
+    yield from root.named_buffers(remove_duplicate=False)
+
+
+@dataclass
+class SiteTable:
+    """Artifact tensors of the layers that share a graph, found by the identity of each layer's router weight.
+
+    Attributes:
+        artifact: where the tensors come from.
+        kind: ``"similarity"`` or ``"mask_router"``.
+        suffix: path of the router's weight below the module that the graph calls ``self``.
+        scope: path of the site below that module.
+    """
+
+    artifact: Artifact
+    kind: str
+    suffix: str
+    scope: str
+    roots: list[weakref.ref[nn.Module]]
+    _by_address: dict[int, tuple[weakref.ref[Tensor], Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, artifact: Artifact, kind: str, suffix: str, scope: str, roots: list[nn.Module]) -> SiteTable:
+        """A table over the layers below the given root modules, which it does not keep alive."""
+        return cls(artifact, kind, suffix, scope, [weakref.ref(r) for r in roots])
+
+    def lookup(self, weight: Tensor, shape: list[int]) -> Tensor:
+        """The tensor for the layer whose router weight is ``weight``."""
+        owner, tensor = self._by_address.get(weight.data_ptr(), (None, None))
+        live = owner() if owner is not None else None
+        if tensor is None or live is None or live.data_ptr() != weight.data_ptr():
+            parameter, name = self._resolve(weight)
+            hidden_size = shape[1] if self.kind == "mask_router" else None
+            tensor = self.artifact.tensor(name, self.kind, shape[0], hidden_size).to(weight.device)
+            self._by_address[weight.data_ptr()] = (weakref.ref(parameter), tensor)
+        return tensor
+
+    def _resolve(self, weight: Tensor) -> tuple[Tensor, str]:
+        """The parameter with this memory and the name of its layer's site."""
+        roots = [*(r for ref in self.roots if (r := ref()) is not None), *roots_on_stack()]
+        for root in roots:
+            for name, parameter in tensors(root):
+                full = normal_name(name)
+                if parameter.data_ptr() == weight.data_ptr() and full.endswith(self.suffix):
+                    prefix = full.removesuffix(self.suffix).strip(".")
+                    return parameter, ".".join(p for p in (prefix, self.scope) if p)
+        raise RuntimeError(
+            "moe_fx cannot tell which layer is running: the router's weight is no parameter of a module on the call "
+            "stack. Compile the whole model, with experts that trace (model.set_experts_implementation('grouped_mm'))"
+        )
+
+
+#: Tables by a key that is a literal of the graphs reading them.
+_TABLES: dict[str, SiteTable] = {}
+
+
+def register_table(key: str, table: SiteTable) -> None:
+    """Make a table readable under ``key`` by ``torch.ops.moe_fx.site_tensor`` for the life of the process."""
+    _TABLES[key] = table
+
+
+def site_tensor(router_weight: Tensor, key: str, shape: list[int]) -> Tensor:
+    """A copy of the artifact tensor (float32, of ``shape``) for the layer that owns ``router_weight``."""
+    return _TABLES[key].lookup(router_weight, shape).clone()
+
+
+_library = torch.library.Library("moe_fx", "FRAGMENT")
+_library.define(
+    "site_tensor(Tensor router_weight, str key, int[] shape) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+for _device in ("CPU", "CUDA"):
+    _library.impl("site_tensor", site_tensor, _device)
+
+
+@torch.library.register_fake("moe_fx::site_tensor", lib=_library)
+def _(router_weight: Tensor, key: str, shape: list[int]) -> Tensor:
+    return router_weight.new_empty(shape, dtype=torch.float32)

@@ -1,0 +1,560 @@
+"""Step 2: find every routing decision in a graph.  Analysis only: nothing is changed.
+
+The search follows data flow, not literal patterns.  It anchors on a selection over the last axis and asks three
+questions, each in its own section below:
+
+* backward: do the scores come from a linear map of a hidden state, through score-wise ops only?
+* forward: where do the ids and the weights leave the router (the *cut*), and in what form?
+* proof: do the ids select among as many experts as the router scores?
+
+A selection that fails the first question is no router (an attention indexer, a group pick) and is passed over in
+silence; one that fails a later question resembles routing and is reported as a skip with its reason.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import fx
+from torch.fx.node import Node
+
+from moe_fx.passes import graph as g
+from moe_fx.passes.graph import Weights, argument, is_float, is_integer, module_path, op, outputs, rank, same_shape, size
+from moe_fx.site import Site, Skip, normal_name
+
+#: Ops that turn scores into scores, each expert's from its own (or from its row's) scores.
+SCORE_WISE = (
+    g.RESHAPES
+    | g.CASTS
+    | frozenset(
+        "softmax _softmax log_softmax _log_softmax sigmoid log_sigmoid log_sigmoid_forward softplus relu tanh sqrt rsqrt exp "
+        "log log1p neg abs pow add sub rsub mul div clamp clamp_min clamp_max maximum minimum masked_fill where nan_to_num "
+        "dropout native_dropout slice narrow expand scatter getitem chunk split split_with_sizes addcmul gelu silu".split()
+    )
+)
+#: Ops that turn the weights of a token's picks into weights of the same picks.
+WEIGHT_WISE = SCORE_WISE - {"slice", "narrow", "chunk", "split", "split_with_sizes", "scatter"}
+#: Ops that reduce a token's weights to one number, to renormalise by.
+REDUCTIONS = frozenset("sum amax max norm linalg_vector_norm logsumexp mean cumsum".split())
+#: Ops after which ids are the same ids in another layout or integer type.
+ID_WISE = g.LAYOUT | g.CASTS
+LINEAR = frozenset("linear mm addmm matmul bmm baddbmm".split())
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A choice of the k largest along the last axis: a ``topk``, or a ``sort`` and its slices."""
+
+    node: Node
+    scores: Node
+    k: int
+    ids: Node
+    values: Node | None
+    sorted: bool  # whether pick 0 is the best; SERE's primary picks are the first
+
+
+@dataclass(frozen=True)
+class Router:
+    """The linear map that scores come from."""
+
+    linear: Node
+    hidden: Node  # [..., H], the linear map's input
+    weight: Node  # the parameter it multiplies by
+    num_experts: int
+    hidden_size: int
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A use of ``node`` by ``user``: a place where a value leaves the router."""
+
+    node: Node
+    user: Node
+
+
+@dataclass
+class Cut:
+    """Where routing leaves the router.
+
+    In pair form the experts read ids and weights ``[..., K]``; in dense form they read a matrix ``[..., E]`` that is
+    zero wherever an expert was not picked.
+    """
+
+    ids: list[Edge] = field(default_factory=list)
+    weights: list[Edge] = field(default_factory=list)
+    dense: list[Edge] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """A site with the graph nodes a rewrite needs.
+
+    ``site.name`` is the block's path as this graph tells it.  A graph of one layer alone tells only the end of it.
+    """
+
+    site: Site
+    selection: Selection
+    router: Router
+    cut: Cut
+
+
+class Owner(Protocol):
+    """What a graph cannot tell by itself: the modules its inputs belong to (see ``moe_fx.binding``)."""
+
+    def expert_block(self, weight: Node, num_experts: int) -> str | None:
+        """The smallest module around a router's weight that holds ``num_experts`` experts, as the graph names it."""
+        ...
+
+
+def find_sites(gm: fx.GraphModule, owner: Owner | None = None) -> tuple[list[Routing], list[Skip]]:
+    """The routing decisions in ``gm``'s graph, in graph order, and the places that resemble one and were left.
+
+    Time is linear in the number of nodes: each selection is followed only as far as its own router and cut.
+    """
+    weights = Weights(gm.graph)
+    found: list[Routing] = []
+    skips: list[Skip] = []
+    for selection in selections(gm.graph):
+        router = find_router(selection, weights)
+        if router is None:
+            continue
+        result = _examine(selection, router, weights, owner)
+        (found if isinstance(result, Routing) else skips).append(result)  # type: ignore[arg-type]
+    return _distinct_names(found), skips
+
+
+def _examine(selection: Selection, router: Router, weights: Weights, owner: Owner | None) -> Routing | Skip:
+    """All that is asked of a selection whose scores come from a router."""
+    where = module_path(selection.node)
+    name = where or selection.node.name
+    proof = prove_experts(selection, router, weights)
+    cut, reason = find_cut(selection, router, weights)
+    if cut is None:
+        return Skip(name, reason, routing=proof.found)
+    scope = g.common_path([where, *proof.paths]) if where is not None else _parent(_weight_path(router.weight), 2)
+    if not proof.found:
+        block = owner.expert_block(router.weight, router.num_experts) if proof.leaves_graph and owner is not None else None
+        if block is None:
+            return Skip(name, f"its ids are never seen to select among {router.num_experts} experts{proof.hint}")
+        scope = block
+    site = Site(scope, router.num_experts, selection.k, router.hidden_size, scoring(selection, router))
+    return Routing(site, selection, router, cut)
+
+
+# ---------------------------------------------------------------------------------------------------- selection
+
+
+def selections(graph: fx.Graph) -> Iterator[Selection]:
+    """Every choice of a fixed number of largest entries along the last axis."""
+    for node in graph.nodes:
+        rule = _SELECTION_RULES.get(op(node))
+        selection = rule(node) if rule is not None else None
+        if selection is not None:
+            yield selection
+
+
+def _topk(node: Node) -> Selection | None:
+    """topk(scores, k, dim=-1, largest=True) = the k largest of each row."""
+    scores, k = node.args[0], argument(node, "k", 1)
+    if not _over_last_axis(node, scores, 2) or argument(node, "largest", 3, True) is not True or not isinstance(k, int):
+        return None
+    ids, values = outputs(node, 1), outputs(node, 0)
+    if len(ids) != 1 or len(values) > 1 or k < 1:
+        return None
+    ordered = argument(node, "sorted", 4, True) is True
+    return Selection(node, scores, k, ids[0], values[0] if values else None, ordered)  # type: ignore[arg-type]
+
+
+def _sort(node: Node) -> Selection | None:
+    """sort(scores, descending)[:, :k] = topk(scores, k), when nothing but the first k is read."""
+    scores = node.args[0]
+    stable = "stable" in node.kwargs or isinstance(node.target, torch._ops.OpOverload) and node.target._overloadname == "stable"
+    position = 1 if not stable or "stable" in node.kwargs else 2
+    if not _over_last_axis(node, scores, position) or argument(node, "descending", position + 1, False) is not True:
+        return None
+    ids, values = [_only_slice(o) for o in (outputs(node, 1), outputs(node, 0))]
+    if ids is None or ids[1] is None or (values is not None and values[1] not in (None, ids[1])):
+        return None
+    return Selection(node, scores, ids[1], ids[0], values[0] if values else None, True)  # type: ignore[arg-type]
+
+
+def _only_slice(taken: list[Node]) -> tuple[Node, int | None] | None:
+    """The one slice ``[..., :k]`` that is all that is read of a sort's output, with its k; None if it is unused."""
+    users = [u for t in taken for u in t.users]
+    while len(users) == 1 and op(users[0]) == "slice" and _whole(users[0]):
+        users = list(users[0].users)  # x[:, :k] is written as x[:][..., :k]
+    if not users:
+        return None
+    first = users[0]
+    end = argument(first, "end", 3)
+    fits = (
+        len(users) == 1
+        and op(first) == "slice"
+        and argument(first, "dim", 1, 0) in (-1, rank(first) - 1)
+        and argument(first, "start", 2, 0) in (0, None)
+        and argument(first, "step", 4, 1) == 1
+        and isinstance(end, int)
+        and 0 < end == size(first, -1)
+    )
+    return (first, end if fits else None)  # type: ignore[return-value]
+
+
+def _whole(node: Node) -> bool:
+    return same_shape(node, node.args[0])
+
+
+def _over_last_axis(node: Node, scores: object, position: int) -> bool:
+    dim = argument(node, "dim", position, -1)
+    return isinstance(scores, Node) and is_float(scores) and rank(scores) >= 2 and dim in (-1, rank(scores) - 1)
+
+
+_SELECTION_RULES = {"topk": _topk, "sort": _sort}
+
+
+# ----------------------------------------------------------------------------------------------------- backward
+
+
+def find_router(selection: Selection, weights: Weights) -> Router | None:
+    """The linear map behind the scores, or None: then the selection is no expert routing."""
+    num_experts = size(selection.scores, -1)
+    linear = _walk_to_linear(selection.scores, num_experts, weights) if num_experts is not None else None
+    if linear is None or num_experts is None or selection.k > num_experts:
+        return None
+    hidden, weight = _operands(linear, weights)
+    hidden_size = size(hidden, -1)
+    leaf = next((n for n in weights.leaves(weight) if rank(n) >= 2), None)
+    if hidden_size is None or leaf is None or hidden in weights:
+        return None
+    return Router(linear, hidden, leaf, num_experts, hidden_size)
+
+
+def _walk_to_linear(scores: Node, num_experts: int, weights: Weights) -> Node | None:
+    """Depth-first, in argument order, through score-wise ops that keep an entry for every expert."""
+    seen: set[Node] = set()
+    stack: list[tuple[Node, bool]] = [(scores, False)]  # (node, whether experts were sliced off a wider row)
+    while stack:
+        node, sliced = stack.pop()
+        if node in seen or node in weights:
+            continue
+        seen.add(node)
+        name = op(node)
+        if name in LINEAR and _operands(node, weights)[1] is not None:
+            width = size(node, -1)
+            if width == num_experts or (sliced and width is not None and width > num_experts):
+                return node
+            continue
+        if name not in SCORE_WISE:
+            continue
+        sliced = sliced or name in ("slice", "narrow")
+        stack.extend((i, sliced) for i in reversed(node.all_input_nodes) if is_float(i) and rank(i) >= 2)
+    return None
+
+
+def _operands(linear: Node, weights: Weights) -> tuple[Node | None, Node | None]:
+    """(hidden state, weight) of a linear map whose weight is a function of parameters alone."""
+    first = 1 if op(linear) in ("addmm", "baddbmm") else 0
+    x, w = linear.args[first : first + 2]
+    if isinstance(x, Node) and isinstance(w, Node) and w in weights and x not in weights:
+        return x, w
+    return None, None
+
+
+def scoring(selection: Selection, router: Router) -> str:
+    """How scores are made, for people: ``softmax -> topk``."""
+    steps, node, seen = [], selection.scores, set()
+    while isinstance(node, Node) and node is not router.linear and node not in seen:
+        seen.add(node)
+        name = op(node).strip("_")
+        if name in _NAMED_SCORES:
+            steps.append(_NAMED_SCORES[name])
+        elif name == "add" and any(rank(i) <= 1 or size(i, 0) == 1 for i in node.all_input_nodes[1:]):
+            steps.append("+bias")
+        floats = [i for i in node.all_input_nodes if is_float(i) and rank(i) >= 2]
+        if not floats:
+            break
+        node = floats[0]
+    return " -> ".join([*dict.fromkeys(reversed(steps)), op(selection.node)]) if steps else f"logits -> {op(selection.node)}"
+
+
+_NAMED_SCORES = {
+    "softmax": "softmax", "exp": "softmax", "sigmoid": "sigmoid", "softplus": "softplus", "sqrt": "sqrt",
+    "masked_fill": "masked", "where": "masked", "tanh": "tanh",
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ forward
+
+
+def find_cut(selection: Selection, router: Router, weights: Weights) -> tuple[Cut | None, str]:
+    """The edges where ids and weights leave the router, or None and why no legal cut exists."""
+    cut = Cut()
+    weight_like: set[Node] = {selection.values} if selection.values is not None else set()
+    dense_like: dict[Node, str] = {}
+    reason = _follow_ids(selection.ids, router, weights, cut, weight_like, dense_like)
+    reason = reason or _follow_weights(selection, weight_like, dense_like, cut)
+    reason = reason or _follow_dense(router, dense_like, cut)
+    if not reason and not (cut.ids or cut.dense):
+        reason = "its ids are not used outside the router"
+    if not reason and cut.ids and cut.dense:
+        reason = "its ids leave the router both as pairs and as a dense matrix"
+    return (None, reason) if reason else (cut, "")
+
+
+def _follow_ids(ids: Node, router: Router, weights: Weights, cut: Cut, weight_like: set[Node], dense_like: dict[Node, str]) -> str:
+    """Sort every use of the ids into: inside the router, a dense matrix of the router's, or the experts'."""
+    stack, seen = [ids], set()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        for user in node.users:
+            name = op(user)
+            if name in ID_WISE and user.args[0] is node and is_integer(user):
+                stack.append(user)
+            elif _gathers_score(user, node, router, weights):
+                weight_like.add(user)
+            elif name == "scatter" and _scatters_into_experts(user, node, router):
+                dense_like[user] = ""
+            else:
+                cut.ids.append(Edge(node, user))
+            if _mutates(user, node):
+                return f"its ids are changed in place by {name}"
+    return ""
+
+
+def _gathers_score(user: Node, ids: Node, router: Router, weights: Weights) -> bool:
+    """Whether a use of the ids only looks up a number per pick: a score, or a per-expert scale."""
+    name = op(user)
+    if name in ("gather", "take_along_dim"):
+        source = user.args[0]
+        return is_float(source) and rank(source) == rank(ids) and user.args[0] is not ids and source not in weights
+    if name == "index":
+        source, index = user.args[0], user.args[1]
+        return index == [ids] and rank(source) == 1 and is_float(source)
+    if name in ("index_select", "embedding"):
+        source = user.args[0]
+        return is_float(source) and rank(source) == 1
+    return False
+
+
+def _scatters_into_experts(user: Node, ids: Node, router: Router) -> bool:
+    """Whether ``scatter(base, -1, ids, ...)`` marks each token's picks in a row of all experts."""
+    dim, index = argument(user, "dim", 1), argument(user, "index", 2)
+    return index is ids and dim in (-1, rank(user) - 1) and size(user, -1) == router.num_experts and user.args[0] is not ids
+
+
+def _mutates(user: Node, node: Node) -> bool:
+    target = user.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    writes = [a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments]
+    return any(w and i < len(user.args) and user.args[i] is node for i, w in enumerate(writes))
+
+
+def _follow_weights(selection: Selection, weight_like: set[Node], dense_like: dict[Node, str], cut: Cut) -> str:
+    """Grow the weights through renormalisation, scale and casts; what reads them beyond that is the experts."""
+    stack = list(weight_like)
+    rows: set[Node] = set()  # one number per token, to renormalise by
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            if user in weight_like or user in rows:
+                continue
+            name = op(user)
+            if name in WEIGHT_WISE and is_float(user) and same_shape(user, selection.ids):
+                weight_like.add(user)
+                stack.append(user)
+            elif node in rows and name in WEIGHT_WISE and same_shape(user, node):
+                rows.add(user)
+                stack.append(user)
+            elif node not in rows and name in REDUCTIONS and _feeds_back(user, selection.ids):
+                rows.add(user)
+                stack.append(user)
+            elif name == "getitem" and node in rows:
+                rows.add(user)
+                stack.append(user)
+            elif node in weight_like and user not in dense_like:
+                if _mutates(user, node):
+                    return f"its weights are changed in place by {name}"
+                cut.weights.append(Edge(node, user))
+    return ""
+
+
+def _feeds_back(reduction: Node, ids: Node) -> bool:
+    """Whether a reduction over the picks is used to renormalise them, so that it is the router's business."""
+    stack, seen = [reduction], set()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node is not reduction and same_shape(node, ids):
+            return True
+        if node is reduction or op(node) in WEIGHT_WISE:
+            stack.extend(u for u in node.users if op(u) in WEIGHT_WISE)
+    return False
+
+
+#: What an op makes of a row over all experts that is zero ("zero") or -inf ("-inf") wherever nothing was picked.
+_DENSE_RULES = {
+    "zero": {
+        "mul": "zero", "div": "zero", "bool": "picked", "sum": "row", "amax": "row", "clamp_min": "zero",
+        **dict.fromkeys(g.RESHAPES | g.CASTS, "zero"),
+    },
+    "-inf": {
+        "softmax": "zero", "_softmax": "zero", "sigmoid": "zero", "exp": "zero", "add": "-inf",
+        **dict.fromkeys(g.RESHAPES | g.CASTS, "-inf"),
+    },
+}  # fmt: skip
+
+
+def _follow_dense(router: Router, dense_like: dict[Node, str], cut: Cut) -> str:
+    """Follow matrices [..., E] made by scattering; the experts must read them where unpicked entries are zero."""
+    stack = []
+    for node in list(dense_like):
+        state = _background(node.args[0])
+        if state is None:
+            return "its picks are scattered into a matrix whose other entries are neither 0 nor -inf"
+        dense_like[node] = state
+        stack.append(node)
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            if user in dense_like:
+                continue
+            state = _dense_step(node, dense_like[node], user, router)
+            if state is not None:
+                dense_like[user] = state
+                stack.append(user)
+            elif dense_like[node] == "zero" and is_float(node):
+                cut.dense.append(Edge(node, user))
+            elif dense_like[node] != "row":
+                return f"its picks leave the router as a mask ({op(user) or user.op}), not as weights"
+    return ""
+
+
+def _dense_step(node: Node, state: str, user: Node, router: Router) -> str | None:
+    """The state of ``user``, or None when it is no longer a row over experts of the router's own."""
+    name = op(user)
+    if state == "row":  # a sum over experts, kept only to renormalise by
+        return "row" if name in WEIGHT_WISE and same_shape(user, node) else ("zero" if _is_row_of_experts(user, router) else None)
+    after = _DENSE_RULES.get(state, {}).get(name)
+    if after == "row":
+        return "row" if any(_is_row_of_experts(u, router) or op(u) in WEIGHT_WISE for u in user.users) else None
+    if after is None or not _is_row_of_experts(user, router):
+        return None
+    if name == "div" and user.args[0] is not node:
+        return None
+    if name in ("softmax", "_softmax") and argument(user, "dim", 1) not in (-1, rank(user) - 1):
+        return None
+    return after
+
+
+def _is_row_of_experts(node: Node, router: Router) -> bool:
+    return is_float(node) and size(node, -1) == router.num_experts and rank(node) <= 3
+
+
+def _background(base: object) -> str | None:
+    """What a freshly filled tensor holds: "zero", "-inf", or None for anything else."""
+    while isinstance(base, Node) and op(base) in g.RESHAPES | g.CASTS | {"expand"}:
+        base = base.args[0]
+    if not isinstance(base, Node):
+        return None
+    name = op(base)
+    if name in ("zeros", "zeros_like", "new_zeros"):
+        return "zero"
+    fill = {"full": 1, "full_like": 1, "new_full": 2, "fill": 1, "masked_fill": None}.get(name)
+    number = argument(base, "fill_value" if name != "fill" else "value", fill) if fill is not None else None
+    return {0.0: "zero", float("-inf"): "-inf"}.get(number) if isinstance(number, (int, float)) else None
+
+
+# -------------------------------------------------------------------------------------------------------- proof
+
+
+@dataclass
+class Proof:
+    """What the ids were seen to do."""
+
+    found: bool = False
+    leaves_graph: bool = False
+    paths: list[str] = field(default_factory=list)  # module paths of the ops that select among experts
+    hint: str = ""
+
+
+#: How many ops the proof follows from the ids before it gives up: dispatch code is a dozen, a layer a hundred.
+_REACH = 64
+
+
+def prove_experts(selection: Selection, router: Router, weights: Weights) -> Proof:
+    """Follow the ids until an op meets weights stacked by expert, [E, ., .].
+
+    The walk stays inside the parent of the module that selects, where the graph tells modules, and ends at other
+    linear maps of activations, so that it never reaches the next layer's experts.
+    """
+    proof, seen = Proof(), set()
+    scope = _parent(module_path(selection.node) or "", 1)
+    frontier = [selection.ids]
+    for _ in range(_REACH):
+        reached: list[Node] = []
+        for node in frontier:
+            for user in node.users:
+                if user in seen or not _within(user, scope):
+                    continue
+                seen.add(user)
+                if user.op == "output":
+                    proof.leaves_graph = True
+                elif _meets_experts(user, router, weights):
+                    proof.found = True
+                    proof.paths += [p for p in [module_path(user)] if p is not None]
+                elif not (op(user) in LINEAR and _operands(user, weights)[1] is not None and rank(user.args[-1]) == 2):
+                    reached.append(user)
+        if proof.found or not reached:
+            break
+        frontier = reached
+    if not proof.found and proof.leaves_graph:
+        proof.hint = " in this graph; where the experts run outside it, compile the whole model or use experts that trace"
+    return proof
+
+
+def _meets_experts(user: Node, router: Router, weights: Weights) -> bool:
+    """Whether the op reads a stack of one matrix (or more) per expert."""
+    return any(i in weights and rank(i) >= 3 and _stack_fits(size(i, 0), router.num_experts) for i in user.all_input_nodes)
+
+
+def _stack_fits(stacked: int | None, num_experts: int) -> bool:
+    """Routers may score a few experts without weights (identity, skip), so the stack may be a little shorter."""
+    return stacked is not None and num_experts - max(num_experts // 2, 1) < stacked <= num_experts
+
+
+def _within(node: Node, scope: str) -> bool:
+    path = module_path(node)
+    return path is None or not scope or path == scope or path.startswith(scope + ".") or node.op == "output"
+
+
+# -------------------------------------------------------------------------------------------------------- names
+
+
+def _weight_path(weight: Node) -> str:
+    return normal_name(g.source_name(weight) or "")
+
+
+def _parent(path: str, steps: int) -> str:
+    return ".".join(path.split(".")[:-steps]) if path else ""
+
+
+def _distinct_names(found: list[Routing]) -> list[Routing]:
+    """Two routers in one block are told apart by their own modules' paths; one router run twice is one site."""
+    by_name: dict[str, list[Routing]] = {}
+    for routing in found:
+        by_name.setdefault(routing.site.name, []).append(routing)
+    return [_renamed(r) if len({o.router.weight for o in by_name[r.site.name]}) > 1 else r for r in found]
+
+
+def _renamed(routing: Routing) -> Routing:
+    name = module_path(routing.selection.node) or _parent(_weight_path(routing.router.weight), 1)
+    return replace(routing, site=replace(routing.site, name=name))

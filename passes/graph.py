@@ -1,0 +1,213 @@
+"""Questions every pass asks of an FX graph: what a node computes, its shape, where it came from.
+
+The passes read three kinds of graph: pre-dispatch ATen (``aten.softmax.int``), Inductor's decomposed post-grad ATen
+(``aten._softmax``, ``prims.convert_element_type``) and graphs with an engine's own ops.  So an op is known by its
+plain name, without namespace, overload or the trailing underscore of its in-place form.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import fx
+from torch._subclasses import FakeTensor
+from torch.fx.node import Node
+
+from moe_fx.site import normal_name
+
+#: Same numbers in the same order under another shape or in another memory layout.
+RESHAPES = frozenset(
+    "view reshape _unsafe_view flatten unflatten squeeze unsqueeze contiguous clone alias detach lift_fresh_copy "
+    "view_as reshape_as".split()
+)
+#: Same numbers in another dtype.
+CASTS = frozenset("to _to_copy convert_element_type type_as float half bfloat16 double long int".split())
+TRANSPOSES = frozenset("t transpose permute numpy_T mT".split())
+LAYOUT = RESHAPES | TRANSPOSES | {"expand"}
+
+
+def op(node: object) -> str:
+    """The plain name of what a node calls (``softmax``, ``getitem``), or "" for anything that is no call."""
+    if not isinstance(node, Node) or node.op != "call_function":
+        return ""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        name = target._schema.name.split("::")[-1]
+    elif isinstance(target, torch._ops.OpOverloadPacket):
+        name = target.__name__
+    else:
+        name = getattr(target, "__name__", "")
+    return name.removesuffix("_") if not name.startswith("__") else name
+
+
+def qualified_op(node: Node) -> str:
+    """The op's name with its namespace (``aten.topk``), for tables of ops in reports."""
+    if node.op != "call_function":
+        return node.op
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.replace("::", ".")
+    return getattr(target, "__name__", str(target))
+
+
+def value(node: object) -> object:
+    """The fake tensor (or tuple, or number) a node produces, as recorded by the tracer; None where it is unknown."""
+    if not isinstance(node, Node):
+        return None
+    meta = node.meta
+    return meta["val"] if "val" in meta else meta.get("example_value")
+
+
+def shape(node: object) -> tuple | None:
+    """The node's shape, or None when it is no tensor."""
+    val = value(node)
+    return tuple(val.shape) if isinstance(val, torch.Tensor) else None
+
+
+def rank(node: object) -> int:
+    """Number of dimensions, -1 when the node is no tensor."""
+    dims = shape(node)
+    return -1 if dims is None else len(dims)
+
+
+def size(node: object, dim: int) -> int | None:
+    """A dimension's size when it is static, else None.  Reading it never adds a guard."""
+    dims = shape(node)
+    if dims is None or not -len(dims) <= dim < len(dims):
+        return None
+    return dims[dim] if isinstance(dims[dim], int) else None
+
+
+def _expression(dim: object) -> object:
+    return dim.node.expr if isinstance(dim, torch.SymInt) else dim
+
+
+def same_shape(a: object, b: object) -> bool:
+    """Whether two nodes have the same shape, symbol for symbol.  Adds no guard."""
+    left, right = shape(a), shape(b)
+    return left is not None and right is not None and [*map(_expression, left)] == [*map(_expression, right)]
+
+
+def dtype(node: object) -> torch.dtype | None:
+    """The node's dtype, or None when it is no tensor."""
+    val = value(node)
+    return val.dtype if isinstance(val, torch.Tensor) else None
+
+
+def is_float(node: object) -> bool:
+    """Whether the node is a floating-point tensor."""
+    kind = dtype(node)
+    return kind is not None and kind.is_floating_point
+
+
+def is_integer(node: object) -> bool:
+    """Whether the node is a tensor of integers (bool is not)."""
+    kind = dtype(node)
+    return kind is not None and not kind.is_floating_point and not kind.is_complex and kind != torch.bool
+
+
+def argument(node: Node, name: str, position: int, default: object = None) -> object:
+    """An argument by its schema name or position, whichever way the graph spells it."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    return node.args[position] if len(node.args) > position else default
+
+
+def outputs(node: Node, index: int) -> list[Node]:
+    """The ``getitem`` nodes that take output ``index`` of a node with several outputs."""
+    return [u for u in node.users if u.target is operator.getitem and u.args[1] == index]
+
+
+def module_path(node: Node) -> str | None:
+    """Normal form of the path of the module whose forward made the node; None when the graph does not tell."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return None
+    path, _ = list(stack.values())[-1]
+    return normal_name(path)
+
+
+def common_path(paths: Iterable[str]) -> str:
+    """The deepest module that contains all the given module paths."""
+    split = [p.split(".") if p else [] for p in paths]
+    prefix: list[str] = []
+    for parts in zip(*split, strict=False):
+        if len(set(parts)) > 1:
+            break
+        prefix.append(parts[0])
+    return ".".join(prefix)
+
+
+def is_parameter(node: Node) -> bool:
+    """Whether a leaf holds weights: a parameter or buffer, so far as the graph tells."""
+    if node.op == "get_attr":
+        return True
+    if node.op != "placeholder":
+        return False
+    source = source_name(node)
+    if source is not None:
+        return "_parameters[" in source or "_buffers[" in source
+    return isinstance(value(node), torch.nn.Parameter)
+
+
+def source_name(node: Node) -> str | None:
+    """Where Dynamo read a graph input from (``L['self']._modules['gate']._parameters['weight']``)."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return None
+    name = source.name
+    return name() if callable(name) else name
+
+
+class Weights:
+    """Which nodes of one graph are functions of weights alone (a cast, transpose or norm of parameters)."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        nodes = list(graph.nodes)
+        known = any(is_parameter(n) for n in nodes)
+        self._of: set[Node] = set()
+        for node in nodes:
+            leaf = node.op in ("placeholder", "get_attr")
+            # A graph that does not say which inputs are parameters: any matrix given from outside may be one.
+            if leaf and (is_parameter(node) or not known and rank(node) >= 2 and is_float(node)):
+                self._of.add(node)
+            elif node.op == "call_function" and node.all_input_nodes and all(i in self._of for i in node.all_input_nodes):
+                self._of.add(node)
+
+    def __contains__(self, node: object) -> bool:
+        return node in self._of
+
+    def leaves(self, node: Node) -> Iterator[Node]:
+        """The parameters a weight node is computed from."""
+        seen, stack = set(), [node]
+        while stack:
+            n = stack.pop()
+            if n in seen:
+                continue
+            seen.add(n)
+            if n.op in ("placeholder", "get_attr"):
+                yield n
+            stack.extend(n.all_input_nodes)
+
+
+def call(graph: fx.Graph, target: torch._ops.OpOverload, *args: object) -> Node:
+    """A new call with its fake value computed, so that later passes and the inner compiler can read its shape."""
+    node = graph.call_function(target, args)
+    fakes = fx.node.map_arg(args, value)
+    mode = next(f.fake_mode for f in fakes if isinstance(f, FakeTensor))
+    with mode:
+        node.meta["val"] = target(*fakes)
+    first = next(a for a in args if isinstance(a, Node))
+    node.meta.update({k: first.meta[k] for k in ("nn_module_stack", "stack_trace") if k in first.meta})
+    return node
+
+
+def call_pair(graph: fx.Graph, target: torch._ops.OpOverload, *args: object) -> tuple[Node, Node]:
+    """A new call of an op with two outputs, and its two outputs."""
+    pair = call(graph, target, *args)
+    first, second = (graph.call_function(operator.getitem, (pair, index)) for index in (0, 1))
+    for item, val in zip((first, second), pair.meta["val"], strict=True):
+        item.meta.update({**pair.meta, "val": val})
+    return first, second

@@ -1,0 +1,121 @@
+"""Step 1: retrace the graph Dynamo captured to ATen, so that one vocabulary of ops reaches the other passes."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import Node
+
+from moe_fx.passes.graph import dtype, is_float, value
+
+
+class NormalizeError(RuntimeError):
+    """The graph cannot be retraced; the message is the reason.  Such a graph is compiled untouched."""
+
+
+def normalize(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same computation in pre-dispatch ATen ops, over the same placeholders.
+
+    The fake tensors Dynamo left in the placeholders are reused, so dynamic shapes keep their symbols and no guard is
+    lost; ``nn_module_stack``, which gives sites their names, survives.
+
+    Raises:
+        NormalizeError: there is no fake tensor to take, or an op cannot be retraced.
+    """
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    fakes = [value(p) for p in placeholders]
+    mode = next((f.fake_mode for f in fakes if hasattr(f, "fake_mode")), None)
+    if mode is None:
+        raise NormalizeError("it has no tensor input")
+    try:
+        with fx.traceback.preserve_node_meta(), mode:
+            new = make_fx(fx.Interpreter(gm).run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+    except Exception as error:  # whatever the retrace meets, the graph must still compile
+        raise NormalizeError(f"it cannot be retraced to ATen ({type(error).__name__}: {_first_line(error)})") from error
+    _carry_over(gm, new, placeholders)
+    functionalize_locals(new.graph)
+    new.recompile()
+    return new
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:160]
+
+
+def _carry_over(old: fx.GraphModule, new: fx.GraphModule, placeholders: list[Node]) -> None:
+    """Keep what Dynamo tells the inner compiler beside the graph: input sources, static inputs, the compile id."""
+    new.meta.update(old.meta)
+    for name in ("_param_name_to_source", "_source_to_user_stacks"):
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))
+    for before, after in zip(placeholders, new.graph.find_nodes(op="placeholder"), strict=True):
+        after.meta.update({k: v for k, v in before.meta.items() if k not in after.meta})
+        if hasattr(before, "_dynamo_source"):
+            after._dynamo_source = before._dynamo_source
+    if hasattr(old, "_param_name_to_source"):
+        # tensors that Dynamo kept as attributes come through under other names, which the inner compiler would miss
+        names = {name for name, _ in [*new.named_parameters(), *new.named_buffers()]}
+        if not names <= set(old._param_name_to_source):
+            del new._param_name_to_source
+
+
+def functionalize_locals(graph: fx.Graph) -> None:
+    """Turn in-place ops on the graph's own intermediates into their functional forms.
+
+    ``weights /= weights.sum()`` reaches us as ``div_``, whose effect on later readers of ``weights`` is no edge of the
+    graph.  Only values that nothing else can alias are touched: made by a functional op here, never viewed.
+    """
+    for node in list(graph.nodes):
+        functional = _functional_form(node)
+        target = node.args[0] if node.args else None
+        if functional is None or not isinstance(target, Node) or not _unaliased(target, node):
+            continue
+        target.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: node < user)
+        node.target = functional
+
+
+def _functional_form(node: Node) -> torch._ops.OpOverload | None:
+    """``aten.div.Tensor`` for ``aten.div_.Tensor``; None where there is no such pair with the same arguments."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return None
+    name = target._schema.name.removeprefix("aten::")
+    if not name.endswith("_") or name.startswith("_"):
+        return None
+    packet = getattr(torch.ops.aten, name[:-1], None)
+    form = getattr(packet, target._overloadname, None) if packet is not None else None
+    if form is None or torch.Tag.nondeterministic_seeded in target.tags or name == "copy_":
+        return None
+    if [a.name for a in form._schema.arguments] != [a.name for a in target._schema.arguments]:
+        return None
+    mutated = [i for i, a in enumerate(target._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    return form if mutated == [0] else None
+
+
+def _unaliased(node: Node, before: Node) -> bool:
+    """Whether ``node`` owns its memory and nothing read so far shares it."""
+    if node.op != "call_function" or _returns_alias(node):
+        return False
+    # an in-place op keeps its target's dtype, where the functional form would promote
+    if any(is_float(i) and dtype(i) != dtype(node) for i in before.all_input_nodes):
+        return False
+    return not any(_returns_alias(u) for u in node.users if u is not before)
+
+
+def _returns_alias(node: Node) -> bool:
+    """Whether an output of the node may share memory with one of its inputs."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return any(r.alias_info is not None for r in target._schema.returns) or target.name() in _MAYBE_VIEWS
+    # getitem of a multi-output functional op (topk) is a value of its own; of a view op (chunk), an alias
+    if getattr(target, "__name__", "") == "getitem" and node.args and isinstance(node.args[0], Node):
+        return _returns_alias(node.args[0])
+    return node.op != "call_function"
+
+
+#: Composite ops that return a view when they can, whatever their schema says.
+_MAYBE_VIEWS = frozenset(
+    {"aten::reshape", "aten::to.dtype", "aten::to.device", "aten::to.dtype_layout", "aten::to.other", "aten::contiguous",
+     "aten::flatten.using_ints", "aten::type_as", "aten::reshape_as", "aten::unflatten.int", "aten::dropout"}
+)
