@@ -354,7 +354,7 @@ def _check_metadata(metadata: object) -> dict[str, object]:
 def _through_json(key: str, value: object) -> object:
     try:
         return json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ArtifactError(f"metadata '{key}' must be something JSON can hold: {error}") from None
 
 

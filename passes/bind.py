@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from moe_fx.passes import graph as g
+from moe_fx.passes.find_sites import Routing
 from torch import Tensor, fx, nn
 from torch._dynamo.source import SyntheticLocalSource
 from torch.fx.node import Node
 
 from moe_fx import tables
-from moe_fx.passes import graph as g
-from moe_fx.passes.find_sites import Routing
+from moe_fx.artifacts import Artifact
 from moe_fx.policy import BEAM, SERE, PolicyError
 from moe_fx.site import Layers, normal_name
 from moe_fx.stats import new_counter
@@ -33,7 +34,7 @@ class Binder:
 
     def similarity(self, routing: Routing, policy: SERE) -> Node:
         """The site's similarity [E, E], float32."""
-        return self._artifact_tensor(routing, policy, "similarity", (routing.router.num_experts,) * 2)
+        return self._artifact_tensor(routing, policy, policy.require_artifact(), (routing.router.num_experts,) * 2)
 
     def mask_router(self, routing: Routing, policy: BEAM) -> Node:
         """The site's mask router [E, H], float32; a trainable parameter where the policy trains."""
@@ -43,7 +44,7 @@ class Binder:
             return self._attribute(policy.trainable(name, shape, _device(routing)), routing)
         if policy.artifact is None:  # zero masks keep every pick: a fresh BEAM is exactly top-K
             return self._attribute(torch.zeros(shape, device=_device(routing)), routing)
-        return self._artifact_tensor(routing, policy, "mask_router", shape)
+        return self._artifact_tensor(routing, policy, policy.artifact, shape)
 
     def count(self, routing: Routing, before: Node, after: Node) -> None:
         """Count the distinct experts of every forward, before and after the policy."""
@@ -63,9 +64,10 @@ class Binder:
             )
         return layers.names(routing.site.name)
 
-    def _artifact_tensor(self, routing: Routing, policy: SERE | BEAM, kind: str, shape: tuple[int, int]) -> Node:
-        artifact = policy.require_artifact()
-        layers = self._layers_of(routing)
+    def _artifact_tensor(
+        self, routing: Routing, policy: SERE | BEAM, artifact: Artifact, shape: tuple[int, int]
+    ) -> Node:
+        layers, kind = self._layers_of(routing), str(policy.kind)
         hidden_size = shape[1] if kind == "mask_router" else None
         found = [artifact.tensor(name, kind, shape[0], hidden_size) for name in layers.names(routing.site.name)]
         if not layers.shared:

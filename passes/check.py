@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from torch import fx
-from torch.fx.node import Node
-
 from moe_fx.passes.find_sites import Routing
 from moe_fx.passes.graph import value
+from torch import fx
+from torch.fx.node import Node
 
 
 class CheckError(RuntimeError):

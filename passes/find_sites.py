@@ -19,11 +19,22 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
+from moe_fx.passes import graph as g
+from moe_fx.passes.graph import (
+    Weights,
+    argument,
+    is_float,
+    is_integer,
+    module_path,
+    op,
+    outputs,
+    rank,
+    same_shape,
+    size,
+)
 from torch import fx
 from torch.fx.node import Node
 
-from moe_fx.passes import graph as g
-from moe_fx.passes.graph import Weights, argument, is_float, is_integer, module_path, op, outputs, rank, same_shape, size
 from moe_fx.site import Site, Skip, normal_name
 
 #: Ops that turn scores into scores, each expert's from its own (or from its row's) scores.

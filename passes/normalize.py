@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
+from moe_fx.passes.graph import dtype, is_float, value
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import Node
-
-from moe_fx.passes.graph import dtype, is_float, value
 
 
 class NormalizeError(RuntimeError):

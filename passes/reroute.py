@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from moe_fx.passes import graph as g
+from moe_fx.passes.bind import Binder
+from moe_fx.passes.find_sites import Edge, Routing
 from torch import fx
 from torch.fx.node import Node
 
 import moe_fx.ops  # noqa: F401  (defines torch.ops.moe_fx)
-from moe_fx.passes import graph as g
-from moe_fx.passes.bind import Binder
-from moe_fx.passes.find_sites import Edge, Routing
 from moe_fx.policy import BEAM, SERE, Policy
 
 aten = torch.ops.aten

@@ -74,7 +74,7 @@ def test_a_policy_cannot_be_changed():
 
 
 def test_the_base_is_not_a_policy():
-    with pytest.raises(PolicyError, match="use one of moe_fx.TopK, moe_fx.SERE, moe_fx.BEAM"):
+    with pytest.raises(PolicyError, match=r"use one of moe_fx\.TopK, moe_fx\.SERE, moe_fx\.BEAM"):
         Policy()
 
 
@@ -91,7 +91,7 @@ def test_a_path_is_read_at_construction(tmp_path, as_path):
 def test_a_bad_artifact_fails_at_construction(tmp_path):
     with pytest.raises(ArtifactError, match="there is no artifact"):
         SERE(tmp_path / "none.safetensors")
-    with pytest.raises(PolicyError, match=r"SERE's artifact must be a moe_fx.Artifact, a path or None, but got 3 \(int"):
+    with pytest.raises(PolicyError, match=r"SERE's artifact must be a moe_fx.Artifact, a path or None, but got 3 "):
         SERE(3)
     with pytest.raises(PolicyError, match="BEAM's artifact must be"):
         BEAM({"model.layers.0.mlp": {}})
@@ -202,7 +202,7 @@ def test_from_config_reads_what_json_can_say(tmp_path):
         ({"name": 3}, "unknown policy 3: the policies are"),
         ({}, "a policy's mapping needs a 'name', one of 'topk', 'sere', 'beam', but got {}"),
         ({"primary": 2}, "a policy's mapping needs a 'name'"),
-        ({"name": "sere", "treshold": 0.3}, r"'sere' has no setting 'treshold' \(did you mean 'threshold'\?\): it has "),
+        ({"name": "sere", "treshold": 0.3}, r"'sere' has no setting 'treshold' \(did you mean 'threshold'\?\): it"),
         ({"name": "sere", "tau": 0.3}, "it has 'artifact', 'primary', 'threshold', 'max_tokens'"),
         ({"name": "sere", 1: 2}, "'sere' has no setting 1: it has"),
         ({"name": "topk", "primary": 2}, "'topk' has no setting 'primary': it has none"),

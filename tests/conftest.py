@@ -1,0 +1,36 @@
+"""Hypothesis profiles, the Triton interpreter on machines without a GPU, and the reason GPU tests skip."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Without a CUDA device the kernels run in Triton's interpreter.  Triton reads this when it is first imported, which no
+# test module may do before this line.  Inductor on CPU works with it; ahead-of-time compilation needs a process
+# without it.  With a CUDA device the kernels run for real.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+_SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile(
+    "ci", max_examples=100, derandomize=True, deadline=None, suppress_health_check=_SLOW_IS_FINE
+)
+settings.register_profile("nightly", max_examples=2000, deadline=None, suppress_health_check=_SLOW_IS_FINE)
+settings.load_profile("ci")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where the Triton kernels run: on the GPU, or on CPU tensors in the interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
