@@ -62,7 +62,8 @@ def run(gm: fx.GraphModule, settings: Settings, report: Report) -> fx.GraphModul
         with _timed(report, "normalize"):
             new = normalize(gm)
     except NormalizeError as error:
-        return _untouched(gm, report, [Skip("graph", f"{error}; it was compiled as it is", routing=False)], before)
+        reason = f"the graph could not be read ({error}) and was compiled as it is"
+        return _untouched(gm, report, [Skip("graph", reason)] if _selects(gm) else [], before)
     before = _ops(new)
     with _timed(report, "find"):
         routings, skips = find_sites(new, owner)
@@ -99,6 +100,12 @@ def _reroute_all(
         else:
             refused.append(Skip(routing.site.name, reason, routing=True))
     return rewritten, refused
+
+
+def _selects(gm: fx.GraphModule) -> bool:
+    """Whether a graph that could not be normalised has anything that might be routing."""
+    names = {n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "") for n in gm.graph.nodes}
+    return bool(names & {"topk", "sort", "argsort"})
 
 
 def _untouched(gm: fx.GraphModule, report: Report, skips: list[Skip], before: Counter[str]) -> fx.GraphModule:

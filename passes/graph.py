@@ -80,14 +80,14 @@ def size(node: object, dim: int) -> int | None:
     return dims[dim] if isinstance(dims[dim], int) else None
 
 
-def _expression(dim: object) -> object:
+def expression(dim: object) -> object:
     return dim.node.expr if isinstance(dim, torch.SymInt) else dim
 
 
 def same_shape(a: object, b: object) -> bool:
     """Whether two nodes have the same shape, symbol for symbol.  Adds no guard."""
     left, right = shape(a), shape(b)
-    return left is not None and right is not None and [*map(_expression, left)] == [*map(_expression, right)]
+    return left is not None and right is not None and [*map(expression, left)] == [*map(expression, right)]
 
 
 def dtype(node: object) -> torch.dtype | None:

@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "owner": LOW | {"passes/*"},
     "pipeline": MIDDLE,
     "backend": MIDDLE | {"pipeline"},
-    "calibrate": HIGH,
+    "calibrate": HIGH | {"kernels/reference"},
     "beam": HIGH,
     "hf": HIGH,
     "vllm/*": HIGH | {"vllm/*"},

@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+
 from moe_fx.kernels import beam_mask as triton_kernel
 from moe_fx.kernels import cpu, reference
 from moe_fx.testing import FLOAT_DTYPES, ID_DTYPES, poisoned_allocations, random_routing
-from torch import Tensor
 
 
 def on_cpu(*args: object) -> tuple[Tensor, Tensor]:

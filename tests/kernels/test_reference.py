@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+
 from moe_fx.kernels import reference
 from moe_fx.testing import random_routing, random_similarity, random_valid_tokens
-from torch import Tensor
 
 
 def looped_sere(ids, similarity, primary, threshold, is_real):

@@ -1,0 +1,199 @@
+"""What the Triton kernels cost on a GPU that is not there: registers, spills, shared memory.
+
+    python -m benchmarks.aot [--json]
+
+Every launcher is called with meta tensors of a few real shapes while its kernels only record their arguments; what was
+recorded is compiled ahead of time for sm_90, as a launch would compile it, and ``ptxas -v`` reports.  It must run in a
+process without ``TRITON_INTERPRET``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from moe_fx.kernels import beam_mask, fold_masked, sere_reroute
+
+CAPABILITY = 90  # Hopper: H100, H200
+TYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded kernel launch: the jitted function, its arguments by name, and the number of warps."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What ptxas says of one compiled kernel."""
+
+    kernel: str
+    shape: str
+    constants: str
+    num_warps: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+
+
+class _Recorder:
+    """Stands in for a jitted kernel: keeps the arguments of a launch instead of launching."""
+
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def record(*args: Any, num_warps: int = 4, **constants: Any) -> None:
+            arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | constants
+            self.launches.append(Launch(self.kernel, arguments, num_warps))
+
+        return record
+
+
+def recorded_launches(module: Any, *args: Any) -> list[Launch]:
+    """The kernel launches that the launcher of ``module`` makes for these arguments (meta tensors will do)."""
+    launches: list[Launch] = []
+    kernels = {name: kernel for name, kernel in vars(module).items() if name.endswith("_kernel")}
+    recorders: dict[str, Any] = {name: _Recorder(kernel, launches) for name, kernel in kernels.items()}
+    with mock.patch.multiple(module, **recorders):
+        getattr(module, module.__name__.rsplit(".", 1)[-1])(*args)
+    return launches
+
+
+def _source(launch: Launch) -> ASTSource:
+    """The launch as Triton's just-in-time compiler would specialise it, with pointers aligned as torch aligns them."""
+    signature, constants, attributes = {}, {}, {}
+    for position, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        is_one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or is_one:
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = "*" + TYPE_NAMES[value.dtype]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def _number(pattern: str, text: str) -> int:
+    return sum(int(number) for number in re.findall(pattern, text))
+
+
+def compile_launch(launch: Launch, shape: str) -> Compiled:
+    """Compile for sm_90 and ask ptxas for registers and spills."""
+    source = _source(launch)
+    options = {"num_warps": launch.num_warps}
+    compiled = triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        ptx.write_text(compiled.asm["ptx"])
+        ptxas = get_ptxas(CAPABILITY).path
+        command = [ptxas, "-v", f"-arch=sm_{CAPABILITY}a", str(ptx), "-o", f"{folder}/kernel.cubin"]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    constants = {name: launch.arguments[name] for name in source.signature if source.signature[name] == "constexpr"}
+    return Compiled(
+        kernel=launch.kernel.__name__,
+        shape=shape,
+        constants=" ".join(f"{name}={value}" for name, value in constants.items()),
+        num_warps=launch.num_warps,
+        registers=_number(r"Used (\d+) registers", report),
+        spilled_bytes=_number(r"(\d+) bytes spill", report),
+        shared_bytes=compiled.metadata.shared,
+    )
+
+
+def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _calls() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """Shapes of decode steps and of prefill, in the dtypes that models use: name, module, arguments."""
+    fp32, bf16, fp16, i64, i32 = torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32
+    for t, k, e, s, ids, table, valid, threshold in (
+        (16, 8, 64, 2, i64, fp32, None, 0.0),
+        (64, 8, 128, 2, i32, fp32, _meta((64,), torch.bool), 0.3),
+        (16, 4, 60, 2, i64, bf16, _meta((), i64), 0.3),
+        (256, 10, 512, 1, i32, fp16, _meta((1,), i32), 0.0),
+        (8, 8, 1024, 1, i64, fp32, None, 0.3),
+        (8192, 8, 128, 2, i64, fp32, _meta((8192,), torch.bool), 0.3),
+        (8192, 10, 512, 2, i32, fp32, None, 0.0),
+    ):
+        yield f"T={t} K={k} E={e} S={s}", sere_reroute, (_meta((t, k), ids), _meta((e, e), table), s, threshold, valid)
+    for t, k, e, ids, weights, logits in (
+        (16, 8, 64, i64, fp32, fp32),
+        (64, 6, 160, i32, bf16, bf16),
+        (8192, 8, 128, i64, fp16, fp32),
+    ):
+        yield f"T={t} K={k} E={e}", beam_mask, (_meta((t, k), weights), _meta((t, k), ids), _meta((t, e), logits), 0.5)
+    for t, k, ids, weights in ((16, 8, i64, fp32), (64, 6, i32, bf16), (8192, 8, i64, fp16)):
+        yield f"T={t} K={k}", fold_masked, (_meta((t, k), weights), _meta((t, k), ids))
+
+
+def aot_report(show_progress: bool = False) -> list[Compiled]:
+    """Compile every kernel of ``moe_fx.kernels`` for sm_90 at representative shapes and dtypes."""
+    launches = [(shape, launch) for shape, module, args in _calls() for launch in recorded_launches(module, *args)]
+    shown = track(launches, "compiling", transient=True) if show_progress else launches
+    return [compile_launch(launch, shape) for shape, launch in shown]
+
+
+def kernels_without_report(report: list[Compiled]) -> set[str]:
+    """Kernels that exist in ``kernels/`` and were not compiled: the shapes above do not reach them."""
+    folder = Path(sere_reroute.__file__ or "").parent
+    sources = [file.read_text() for file in folder.glob("*.py")]
+    kernels = {name for source in sources for name in re.findall(r"^def (_\w+_kernel)\(", source, re.MULTILINE)}
+    return kernels - {row.kernel for row in report}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
+    arguments = parser.parse_args()
+    report = aot_report(show_progress=not arguments.json)
+    if arguments.json:
+        rows = [dataclasses.asdict(row) for row in report]
+        print(json.dumps({"rows": rows, "missing": sorted(kernels_without_report(report))}))
+        return
+    table = Table(title=f"Triton {triton.__version__} for sm_{CAPABILITY}, ahead of time")
+    for column in dataclasses.fields(Compiled):
+        table.add_column(column.name.replace("_", " "), justify="right" if column.type == "int" else "left")
+    for row in report:
+        table.add_row(*map(str, dataclasses.astuple(row)))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The experts region of a site: everything between the cut and the one value where all of it comes together again.
+
+Copied out of the graph as a function of the routing decision, it runs any expert on any token with no knowledge of
+the architecture: give every token the id of one expert and the weight 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+from torch.fx.node import Node
+
+from moe_fx.passes import graph as g
+from moe_fx.passes.find_sites import Routing
+
+
+@dataclass(frozen=True)
+class Region:
+    """An experts region.
+
+    Attributes:
+        nodes: its nodes in graph order; the last one is the region's output, ``[T, H]`` (or ``[B, S, H]``).
+        inputs: nodes outside it that it reads, other than the routing decision.
+        replaced: the nodes of the routing decision that it reads across the cut.
+    """
+
+    nodes: tuple[Node, ...]
+    inputs: tuple[Node, ...]
+    replaced: tuple[Node, ...]
+
+    @property
+    def output(self) -> Node:
+        """The one value where the experts' outputs have come together."""
+        return self.nodes[-1]
+
+
+def find_region(routing: Routing) -> Region | None:
+    """The experts region behind a site's cut; None when it does not come together in this graph."""
+    edges = [*routing.cut.ids, *routing.cut.weights, *routing.cut.dense]
+    graph = routing.selection.ids.graph
+    starts = {(e.node, e.user) for e in edges}
+    cone: list[Node] = []
+    members: set[Node] = set()
+    last_use: Node | None = None  # the furthest reader of anything in the cone so far
+    node = min(e.user for e in edges)
+    while node is not graph.output_node():
+        if any((i, node) in starts or i in members for i in node.all_input_nodes):
+            members.add(node)
+            cone.append(node)
+            if (last_use is None or not node < last_use) and _has_token_shape(node, routing):
+                return _close(cone, members, starts)
+            furthest = max(node.users, default=node)
+            last_use = furthest if last_use is None or last_use < furthest else last_use
+        node = node.next
+    return None
+
+
+def _has_token_shape(node: Node, routing: Routing) -> bool:
+    """Whether a value has one float vector for each token."""
+    ids, dims = routing.selection.ids, g.shape(node)
+    if dims is None or not g.is_float(node) or len(dims) != g.rank(ids) or not isinstance(dims[-1], int):
+        return False
+    leading = [g.expression(d) for d in dims[:-1]]
+    return dims[-1] > 1 and leading == [g.expression(d) for d in g.shape(ids)[:-1]]  # type: ignore[index]
+
+
+def _close(cone: list[Node], members: set[Node], starts: set[tuple[Node, Node]]) -> Region:
+    """The cone with what it reads from outside, told apart by whether that comes across the cut."""
+    replaced: dict[Node, None] = {}
+    inputs: dict[Node, None] = {}
+    for node in cone:
+        for i in node.all_input_nodes:
+            if i not in members:
+                (replaced if (i, node) in starts else inputs)[i] = None
+    return Region(tuple(cone), tuple(inputs), tuple(replaced))
+
+
+def extract(gm: fx.GraphModule, region: Region) -> fx.GraphModule:
+    """The region as a function of (the routing decision's nodes, then its other inputs)."""
+    graph = fx.Graph()
+    decision = {n: graph.placeholder(f"decision_{i}") for i, n in enumerate(region.replaced)}
+    copies = {n: graph.placeholder(f"input_{i}") for i, n in enumerate(region.inputs)}
+    for node in region.nodes:
+        # a node of the decision that is also an input (a sum over the scores, say) is told apart by who reads it
+        copies[node] = graph.node_copy(node, lambda n: decision[n] if n in decision else copies[n])
+    graph.output(copies[region.output])
+    return fx.GraphModule(gm, graph)

@@ -1,0 +1,229 @@
+"""Eight transformers architectures through the backend, against their eager selves with hand-patched routing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+
+import moe_fx
+from moe_fx.testing import tolerance
+
+PRIMARY, THRESHOLD, TAU = 1, 0.4, 0.5
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    torch._dynamo.reset()
+    torch.set_num_threads(1)
+
+
+def policies(artifact: moe_fx.Artifact) -> dict[str, tuple[Any, tiny.Rule | None]]:
+    """What to ask the backend for, and the hand-written rule it must equal."""
+    sere = moe_fx.SERE(artifact, primary=PRIMARY, threshold=THRESHOLD)
+    beam = moe_fx.BEAM(artifact, tau=TAU)
+    return {
+        "topk": (None, None),
+        "sere": (sere, tiny.sere_rule(artifact, PRIMARY, THRESHOLD)),
+        "beam": (beam, tiny.beam_rule(artifact, TAU)),
+        "beam+sere": ([beam, sere], tiny.beam_then_sere_rule(artifact, TAU, PRIMARY, THRESHOLD)),
+        "fresh beam": (moe_fx.BEAM(), None),
+    }
+
+
+def run(model: nn.Module, policy: object, inner: object, **inputs: Any) -> Tensor:
+    """Logits through the backend."""
+    compile_options = {k: inputs.pop(k) for k in ("dynamic", "fullgraph") if k in inputs}
+    options = {"policy": policy, "inner": inner, "strict": True}
+    with torch.no_grad():
+        return torch.compile(model, backend="moe_sparse", options=options, **compile_options)(**inputs).logits
+
+
+def assert_same(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want, **tolerance(want.dtype))
+
+
+@pytest.mark.parametrize("experts", tiny.IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", tiny.ARCHS)
+def test_every_policy_equals_the_hand_patched_model(name: str, experts: str) -> None:
+    model, artifact, inputs = tiny.build(name, experts), tiny.random_artifact(name), tiny.tokens()
+    plain = tiny.expected(model, name, None, **inputs)
+    for label, (policy, rule) in policies(artifact).items():
+        torch._dynamo.reset()
+        want = tiny.expected(model, name, rule, **inputs)
+        got = run(model, policy, "eager", **inputs)
+        report = moe_fx.last_report()
+        assert_same(got, want)
+        assert [s.name for s in report.sites] == list(tiny.ARCHS[name].sites), label
+        assert report.skips == []
+        if rule is not None:  # a rewrite that did nothing would pass against a rule that did nothing
+            assert not torch.allclose(want, plain, atol=1e-2), label
+
+
+@pytest.mark.parametrize("name", tiny.ARCHS)
+def test_sites_are_described(name: str) -> None:
+    model = tiny.build(name)
+    report = moe_fx.explain(model, **tiny.tokens())
+    for site in report.sites:
+        assert (site.num_experts, site.top_k, site.hidden_size) == (tiny.EXPERTS, tiny.TOP_K, tiny.HIDDEN)
+        assert site.policy == "TopK"
+        assert site.experts == "untouched"
+    scoring = {"mixtral": "softmax -> topk", "gpt_oss": "logits -> topk", "deepseek_v3": "sigmoid -> +bias -> masked -> topk"}
+    if name in scoring:
+        assert report.sites[0].scoring == scoring[name]
+
+
+@pytest.mark.parametrize("name", tiny.ARCHS)
+def test_the_aot_road(name: str) -> None:
+    model, artifact, inputs = tiny.build(name, "batched_mm"), tiny.random_artifact(name), tiny.tokens()
+    policy, rule = policies(artifact)["beam+sere"]
+    assert_same(run(model, policy, "aot_eager", **inputs), tiny.expected(model, name, rule, **inputs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "experts", "label"),
+    [("qwen3_moe", "grouped_mm", "sere"), ("deepseek_v3", "grouped_mm", "beam+sere"), ("gpt_oss", "batched_mm", "beam"),
+     ("mixtral", "eager", "sere")],
+)  # fmt: skip
+def test_inductor(name: str, experts: str, label: str) -> None:
+    model, artifact, inputs = tiny.build(name, experts), tiny.random_artifact(name), tiny.tokens()
+    policy, rule = policies(artifact)[label]
+    assert_same(run(model, policy, "inductor", **inputs), tiny.expected(model, name, rule, **inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype: torch.dtype) -> None:
+    name = "qwen3_moe"
+    model, artifact, inputs = tiny.build(name, dtype=dtype), tiny.random_artifact(name), tiny.tokens()
+    for label, (policy, rule) in policies(artifact).items():
+        torch._dynamo.reset()
+        got, want = run(model, policy, "eager", **inputs), tiny.expected(model, name, rule, **inputs)
+        assert torch.equal(got, want), label  # the same kernels in the same order
+
+
+# ----------------------------------------------------------------------------------------------- exact top-K
+
+
+@pytest.mark.parametrize("experts", tiny.IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", tiny.ARCHS)
+def test_without_a_policy_the_inner_compiler_gets_dynamos_own_graphs(name: str, experts: str) -> None:
+    model, inputs = tiny.build(name, experts), tiny.tokens(2, 5)
+    seen: list[str] = []
+    alone: list[str] = []
+
+    def keep(into: list[str]) -> Any:
+        return lambda gm, _: into.append(gm.print_readable(print_output=False)) or gm.forward
+
+    with torch.no_grad():
+        torch.compile(model, backend=keep(alone))(**inputs)
+        torch._dynamo.reset()
+        torch.compile(model, backend="moe_sparse", options={"inner": keep(seen)})(**inputs)
+    assert seen == alone
+    assert seen
+
+
+# ------------------------------------------------------------------------------------------------------ modes
+
+
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm", "eager"])
+def test_dynamic_shapes_and_changing_batches(experts: str) -> None:
+    name = "deepseek_v3"
+    model, artifact = tiny.build(name, experts), tiny.random_artifact(name)
+    policy, rule = policies(artifact)["beam+sere"]
+    options = {"policy": policy, "inner": "aot_eager", "strict": True}
+    for dynamic in (True, None):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="moe_sparse", options=options, dynamic=dynamic)
+        for batch, length in ((2, 9), (3, 5), (1, 1), (4, 7)):
+            inputs = tiny.tokens(batch, length, seed=batch)
+            with torch.no_grad():
+                got = compiled(**inputs).logits
+            assert_same(got, tiny.expected(model, name, rule, **inputs))
+
+
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
+def test_fullgraph(experts: str) -> None:
+    name = "qwen3_moe"
+    model, artifact, inputs = tiny.build(name, experts), tiny.random_artifact(name), tiny.tokens()
+    policy, rule = policies(artifact)["sere"]
+    assert_same(run(model, policy, "aot_eager", fullgraph=True, **inputs), tiny.expected(model, name, rule, **inputs))
+    assert moe_fx.last_report().graphs == 1
+
+
+def test_inference_mode() -> None:
+    name = "qwen3_moe"
+    model, artifact, inputs = tiny.build(name), tiny.random_artifact(name), tiny.tokens()
+    policy, rule = policies(artifact)["beam+sere"]
+    compiled = torch.compile(model, backend="moe_sparse", options={"policy": policy, "inner": "aot_eager"})
+    with torch.inference_mode():
+        got = compiled(**inputs).logits
+    assert_same(got, tiny.expected(model, name, rule, **inputs))
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_gradients_under_topk_are_the_models_own(name: str, inner: str) -> None:
+    model, inputs = tiny.build(name, "batched_mm").requires_grad_(True), tiny.tokens()
+    inputs["labels"] = inputs["input_ids"]
+    model(**inputs).loss.backward()
+    want = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    compiled = torch.compile(model, backend="moe_sparse", options={"inner": inner, "stats": True})
+    compiled(**inputs).loss.backward()
+    assert moe_fx.last_report().sites, "counting puts ops at every site, so this is a rewritten graph"
+    got = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert got.keys() == want.keys()
+    for key, grad in want.items():
+        torch.testing.assert_close(got[key], grad, rtol=1e-4, atol=1e-5, msg=key)
+
+
+def test_gradients_under_beam_are_the_patched_models() -> None:
+    name = "qwen3_moe"
+    model, artifact, inputs = tiny.build(name, "batched_mm").requires_grad_(True), tiny.random_artifact(name), tiny.tokens()
+    inputs["labels"] = inputs["input_ids"]
+    with tiny.patched(model, name, tiny.beam_rule(artifact, TAU)):
+        model(**inputs).loss.backward()
+    # outside the gates the straight-through estimator adds nothing: a mask router's gradient is no model weight's
+    down = "model.layers.1.mlp.experts.down_proj"
+    want = dict(model.named_parameters())[down].grad.clone()
+    model.zero_grad()
+    options = {"policy": moe_fx.BEAM(artifact, tau=TAU), "inner": "aot_eager"}
+    torch.compile(model, backend="moe_sparse", options=options)(**inputs).loss.backward()
+    torch.testing.assert_close(dict(model.named_parameters())[down].grad, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_with_a_key_value_cache(cache: str) -> None:
+    name = "qwen3_moe"
+    model, artifact = tiny.build(name, use_cache=True), tiny.random_artifact(name)
+    policy, rule = policies(artifact)["sere"]
+    prompt = tiny.tokens(4, 6)["input_ids"]
+    settings = {
+        "max_new_tokens": 6, "do_sample": False, "cache_implementation": cache if cache == "static" else None,
+        "attention_mask": torch.ones_like(prompt), "disable_compile": True,
+    }  # fmt: skip
+    with tiny.patched(model, name, rule):
+        want = model.generate(prompt, **settings)
+    plain = model.generate(prompt, **settings)
+    original = model.forward
+    model.forward = torch.compile(
+        original, backend="moe_sparse", options={"policy": policy, "inner": "aot_eager", "strict": True}
+    )
+    got = model.generate(prompt, **settings)
+    assert torch.equal(got, want)
+    assert not torch.equal(want, plain), "the policy must have shown"
+
+
+def test_an_empty_batch_and_nan_logits() -> None:
+    name = "qwen3_moe"
+    model, artifact = tiny.build(name, "batched_mm"), tiny.random_artifact(name)
+    policy, _ = policies(artifact)["beam+sere"]
+    block = model.model.layers[0].mlp
+    compiled = torch.compile(block, backend="moe_sparse", options={"inner": "eager", "stats": True})
+    for hidden in (torch.randn(0, 4, tiny.HIDDEN), torch.full((2, 4, tiny.HIDDEN), float("nan"))):
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(hidden), block(hidden), equal_nan=True)

@@ -1,0 +1,229 @@
+"""The custom ops as the compiler sees them: schemas, fakes, autograd, dispatch, errors, and every way to compile."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_fx import ops
+from moe_fx.kernels import reference
+from moe_fx.testing import random_routing, random_similarity, random_valid_tokens, tolerance
+
+OPS = torch.ops.moe_fx
+
+
+def samples(num_tokens: int = 5, ids_dtype: torch.dtype = torch.int64) -> dict[str, tuple[object, ...]]:
+    weights, ids = random_routing(num_tokens, 4, 9, off=0.3, ids_dtype=ids_dtype)
+    similarity = random_similarity(9)
+    logits = torch.randn(num_tokens, 9, generator=torch.Generator().manual_seed(0))
+    return {
+        "sere_reroute": (ids, similarity, 2, 0.1),
+        "sere_reroute.mask": (ids, similarity, 1, 0.0, random_valid_tokens(num_tokens, "mask"), 100),
+        "sere_reroute.count": (ids, similarity, 1, 0.0, random_valid_tokens(num_tokens, "count"), None),
+        "sere_reroute.identity": (ids, similarity, 9, 0.0),
+        "beam_mask": (weights, ids, logits, 0.4),
+        "beam_mask.grad": (weights.clone().requires_grad_(), ids, logits.clone().requires_grad_(), 0.5),
+        "fold_masked": (weights, ids),
+        "fold_masked.grad": (weights.clone().requires_grad_(), ids),
+        "fold_masked.identity": (weights, ids.clamp(min=0)),
+        "count_active": (ids, 9),
+    }
+
+
+def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+@pytest.mark.parametrize("name", samples())
+@pytest.mark.parametrize("num_tokens", [5, 0])
+def test_opcheck(name, num_tokens):
+    torch.library.opcheck(getattr(OPS, name.split(".")[0]).default, samples(num_tokens)[name])
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("name", samples())
+def test_ops_equal_the_reference(name, ids_dtype):
+    args = samples(ids_dtype=ids_dtype)[name]
+    op = name.split(".")[0]
+    expected = as_tuple(getattr(reference, op)(*args))
+    for mode in (contextlib.nullcontext, torch.no_grad, torch.inference_mode):
+        with mode():
+            result = as_tuple(getattr(OPS, op)(*args))
+        for got, want in zip(result, expected, strict=True):
+            assert got.dtype == want.dtype
+            assert torch.equal(got, want)
+            assert not any(got is arg or got.data_ptr() == arg.data_ptr() for arg in args if isinstance(arg, Tensor))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", samples())
+def test_ops_on_cuda_equal_the_reference(name):
+    args = samples()[name]
+    op = name.split(".")[0]
+    on_cuda = [arg.cuda() if isinstance(arg, Tensor) else arg for arg in args]
+    result = as_tuple(getattr(OPS, op)(*on_cuda))
+    for got, want in zip(result, as_tuple(getattr(reference, op)(*args)), strict=True):
+        assert torch.equal(got.cpu(), want)
+
+
+def rerouted_layer(hidden, router, similarity, mask_router, valid):
+    """One of each op, between ordinary ones."""
+    weights, ids = torch.topk((hidden @ router).softmax(-1), 4)
+    ids = OPS.sere_reroute(ids, similarity, 1, 0.1, valid)
+    weights, ids = OPS.beam_mask(weights, ids, hidden @ mask_router, 0.5)
+    active = OPS.count_active(ids, similarity.shape[0])
+    weights, ids = OPS.fold_masked(weights, ids)
+    return weights * 2, ids + 0, active
+
+
+def layer_inputs(num_tokens: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(num_tokens)
+    return (
+        torch.randn(num_tokens, 8, generator=generator),
+        torch.randn(8, 16, generator=generator),
+        random_similarity(16),
+        torch.randn(8, 16, generator=generator),
+        random_valid_tokens(num_tokens, "mask"),
+    )
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_compiled_equals_eager(backend, dynamic, mode):
+    torch._dynamo.reset()
+    compiled = torch.compile(rerouted_layer, backend=backend, dynamic=dynamic, fullgraph=True)
+    for num_tokens in (6, 1, 0) if dynamic else (6,):
+        inputs = layer_inputs(num_tokens)
+        if mode is torch.enable_grad:
+            inputs[0].requires_grad_()
+            inputs[3].requires_grad_()
+        with mode():
+            expected, result = rerouted_layer(*inputs), compiled(*inputs)
+        torch.testing.assert_close(result[0], expected[0], **tolerance(torch.float32))
+        assert torch.equal(result[1], expected[1])
+        assert torch.equal(result[2], expected[2])
+        if mode is torch.enable_grad:
+            learned = inputs[0], inputs[3]
+            gradients = [torch.autograd.grad(weights.square().sum(), learned) for weights in (expected[0], result[0])]
+            for want, got in zip(*gradients, strict=True):
+                torch.testing.assert_close(got, want, **tolerance(torch.float32))
+
+
+class StraightThrough(torch.autograd.Function):
+    """BEAM's mask on already gathered logits: a hard step forward, the sigmoid's slope backward."""
+
+    @staticmethod
+    def forward(ctx, logits, tau):
+        probability = logits.sigmoid()
+        ctx.save_for_backward(probability)
+        return (probability >= tau).to(logits.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (probability,) = ctx.saved_tensors
+        return grad * probability * (1 - probability), None
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("duplicates", [False, True])
+def test_beam_mask_trains_straight_through(duplicates, ids_dtype):
+    weights, ids = random_routing(7, 4, 9, dtype=torch.float64, ids_dtype=ids_dtype, duplicates=duplicates)
+    logits = torch.randn(7, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    upstream = torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    gradients = []
+    for by_op in (False, True):
+        w, m = weights.clone().requires_grad_(), logits.clone().requires_grad_()
+        if by_op:
+            masked, new_ids = OPS.beam_mask(w, ids, m, 0.6)
+            assert not new_ids.requires_grad
+        else:
+            masked = w * StraightThrough.apply(m.gather(1, ids.long()), 0.6)
+        gradients.append((masked, *torch.autograd.grad((masked * upstream).sum(), (w, m))))
+    for want, got in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, want, **tolerance(torch.float64))
+    assert (gradients[1][2] != 0).sum() > (gradients[1][0] != 0).sum() // 2  # logits of off picks learn too
+
+
+def test_picks_without_a_mask_logit_have_no_gradient():
+    weights = torch.ones(2, 3, requires_grad=True)
+    logits = torch.tensor([[0.5, -0.5], [0.5, -0.5]], requires_grad=True)
+    ids = torch.tensor([[0, 1, -1], [2, 3, -1]])
+    masked, new_ids = OPS.beam_mask(weights, ids, logits, 0.5)
+    assert new_ids.tolist() == [[0, -1, -1], [2, 3, -1]]
+    masked.sum().backward()
+    assert weights.grad.tolist() == [[1, 0, 0], [1, 1, 0]]
+    slope = torch.tensor(0.5).sigmoid() * torch.tensor(-0.5).sigmoid()
+    torch.testing.assert_close(logits.grad, torch.stack([slope.expand(2), torch.zeros(2)]))
+
+
+def test_gradients_have_the_dtype_of_their_inputs():
+    weights, ids = random_routing(3, 2, 4, dtype=torch.bfloat16)
+    logits = torch.zeros(3, 4, dtype=torch.float16, requires_grad=True)
+    weights.requires_grad_()
+    OPS.beam_mask(weights, ids, logits, 0.5)[0].sum().backward()
+    assert weights.grad.dtype == torch.bfloat16
+    assert logits.grad.dtype == torch.float16
+    frozen = random_routing(3, 2, 4)[0].requires_grad_()
+    OPS.beam_mask(frozen, ids, logits.detach(), 0.5)[0].sum().backward()
+    assert torch.equal(frozen.grad, torch.ones(3, 2))
+
+
+def test_fold_masked_passes_gradients_where_picks_are_on():
+    weights = torch.ones(2, 2, requires_grad=True)
+    folded, ids = OPS.fold_masked(weights, torch.tensor([[3, -1], [-1, -1]]))
+    (folded * torch.tensor([[2.0, 3.0], [5.0, 7.0]])).sum().backward()
+    assert ids.tolist() == [[3, 3], [3, 3]]
+    assert weights.grad.tolist() == [[2, 0], [0, 0]]
+
+
+IDS, WEIGHTS = torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 2)
+SQUARE, LOGITS = torch.zeros(4, 4), torch.zeros(3, 4)
+BAD_CALLS = {
+    "ids of floats": (OPS.sere_reroute, (WEIGHTS, SQUARE, 1, 0.0), TypeError, "int32 or int64.*float32"),
+    "ids of one dimension": (OPS.sere_reroute, (IDS[0], SQUARE, 1, 0.0), ValueError, r"\[tokens, picks\].*\[2\]"),
+    "similarity not square": (OPS.sere_reroute, (IDS, LOGITS, 1, 0.0), ValueError, r"\[experts, experts\].*\[3, 4\]"),
+    "similarity of ints": (OPS.sere_reroute, (IDS, SQUARE.long(), 1, 0.0), TypeError, "floating point"),
+    "no primary": (OPS.sere_reroute, (IDS, SQUARE, 0, 0.0), ValueError, "primary must be at least 1.*is 0"),
+    "mask too short": (OPS.sere_reroute, (IDS, SQUARE, 1, 0.0, torch.ones(2).bool()), ValueError, r"bool \[3\].*\[2\]"),
+    "count of floats": (OPS.sere_reroute, (IDS, SQUARE, 1, 0.0, torch.ones(1)), ValueError, "one element.*float32"),
+    "two counts": (OPS.sere_reroute, (IDS, SQUARE, 1, 0.0, torch.ones(2).int()), ValueError, "one element"),
+    "weights of another shape": (OPS.beam_mask, (WEIGHTS[:2], IDS, LOGITS, 0.5), ValueError, r"\[3, 2\].*\[2, 2\]"),
+    "weights of ints": (OPS.fold_masked, (IDS, IDS), TypeError, "topk_weights must be floating point.*int64"),
+    "logits of other tokens": (OPS.beam_mask, (WEIGHTS, IDS, LOGITS[:2], 0.5), ValueError, r"\[3, experts\].*\[2, 4\]"),
+    "logits of ints": (OPS.beam_mask, (WEIGHTS, IDS, LOGITS.long(), 0.5), TypeError, "mask_logits"),
+    "tau of 0": (OPS.beam_mask, (WEIGHTS, IDS, LOGITS, 0.0), ValueError, "tau.*is 0.0"),
+    "tau of 1": (OPS.beam_mask, (WEIGHTS, IDS, LOGITS, 1.0), ValueError, "tau"),
+    "negative number of experts": (OPS.count_active, (IDS, -1), ValueError, "num_experts.*-1"),
+}
+
+
+@pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_arguments_are_named(name, fake):
+    op, args, error, message = BAD_CALLS[name]
+    if fake:
+        args = tuple(arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args)
+    with pytest.raises(error, match=message):
+        op(*args)
+
+
+def test_importing_the_ops_does_not_import_triton():
+    code = "import sys, moe_fx.ops; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_importing_twice_keeps_the_ops():
+    expected = OPS.sere_reroute(*samples()["sere_reroute"])
+    importlib.reload(ops)
+    del sys.modules["moe_fx.ops"]
+    importlib.import_module("moe_fx.ops")
+    gc.collect()
+    assert torch.equal(OPS.sere_reroute(*samples()["sere_reroute"]), expected)
