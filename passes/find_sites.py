@@ -53,6 +53,8 @@ WEIGHT_WISE = SCORE_WISE - {"slice", "narrow", "chunk", "split", "split_with_siz
 REDUCTIONS = frozenset("sum amax max norm linalg_vector_norm logsumexp mean cumsum".split())
 #: Ops after which ids are the same ids in another layout or integer type.
 ID_WISE = g.LAYOUT | g.CASTS
+#: Ops after which an id is the id of something else.
+ARITHMETIC = frozenset("add sub rsub mul div floor_divide remainder fmod bitwise_and bitwise_or bitwise_xor".split())
 LINEAR = frozenset("linear mm addmm matmul bmm baddbmm".split())
 
 
@@ -331,6 +333,8 @@ def _follow_ids(ids: Node, router: Router, weights: Weights, cut: Cut, weight_li
                 weight_like.add(user)
             elif name == "scatter" and _scatters_into_experts(user, node, router):
                 dense_like[user] = ""
+            elif name in ARITHMETIC:
+                return f"its ids are changed by arithmetic ({name}) before they select"
             else:
                 cut.ids.append(Edge(node, user))
             if _mutates(user, node):
@@ -508,6 +512,7 @@ def prove_experts(selection: Selection, router: Router, weights: Weights) -> Pro
     linear maps of activations, so that it never reaches the next layer's experts.
     """
     proof, seen = Proof(), set()
+    proof.leaves_graph = _leaves_graph(selection.ids)
     scope = _parent(module_path(selection.node) or "", 1)
     frontier = [selection.ids]
     for _ in range(_REACH):
@@ -517,9 +522,7 @@ def prove_experts(selection: Selection, router: Router, weights: Weights) -> Pro
                 if user in seen or not _within(user, scope):
                     continue
                 seen.add(user)
-                if user.op == "output":
-                    proof.leaves_graph = True
-                elif _meets_experts(user, router, weights):
+                if _meets_experts(user, router, weights) or _weighs_experts(user, seen, router, weights):
                     proof.found = True
                     proof.paths += [p for p in [module_path(user)] if p is not None]
                 elif not (op(user) in LINEAR and _operands(user, weights)[1] is not None and rank(user.args[-1]) == 2):
@@ -532,9 +535,29 @@ def prove_experts(selection: Selection, router: Router, weights: Weights) -> Pro
     return proof
 
 
+def _leaves_graph(ids: Node) -> bool:
+    """Whether the ids themselves are an output of the graph, so that the experts may follow outside it."""
+    return any(u.op == "output" or (op(u) in ID_WISE and is_integer(u) and _leaves_graph(u)) for u in ids.users)
+
+
 def _meets_experts(user: Node, router: Router, weights: Weights) -> bool:
     """Whether the op reads a stack of one matrix (or more) per expert."""
     return any(i in weights and rank(i) >= 3 and _stack_fits(size(i, 0), router.num_experts) for i in user.all_input_nodes)
+
+
+def _weighs_experts(user: Node, from_ids: set[Node], router: Router, weights: Weights) -> bool:
+    """Whether the op joins what came from the ids with the outputs of a stack of experts, run on the router's input."""
+    stack = [i for i in user.all_input_nodes if i not in from_ids and is_float(i)]
+    seen: set[Node] = set()
+    while stack and len(seen) < _REACH:
+        node = stack.pop()
+        if node in seen or node in from_ids or node in weights or node < router.hidden or node is router.linear:
+            continue
+        seen.add(node)
+        if _meets_experts(node, router, weights):
+            return True
+        stack.extend(node.all_input_nodes)
+    return False
 
 
 def _stack_fits(stacked: int | None, num_experts: int) -> bool:

@@ -112,9 +112,26 @@ def _obstacle(routing: Routing, policies: tuple[Policy, ...], carriers: list[Nod
         return "its picks carry no weights, so a pick cannot be switched off"
     if not routing.cut.dense and any(not g.same_shape(c, routing.selection.ids) for c in carriers):
         return "its weights leave the router in another shape than its ids"
+    if _switches_off(policies) and _has_capacity(routing):
+        return "its experts have a capacity, in which a pick that is off would still take a place"
     if any(_mutates_something(n) for n in _between(_early_users(routing, last), last)):
         return "its experts begin before its weights are final, and values in between are changed in place"
     return None
+
+
+def _has_capacity(routing: Routing) -> bool:
+    """Whether the experts number each pick's place among its expert's tokens: a cumulative count over [T, E]."""
+    seen: set[Node] = set()
+    stack = [e.user for e in routing.cut.ids]
+    while stack:
+        node = stack.pop()
+        if node in seen or g.dtype(node) is None or g.is_float(node):
+            continue
+        seen.add(node)
+        if g.op(node) == "cumsum" and g.rank(node) >= 2:
+            return True
+        stack.extend(node.users)
+    return False
 
 
 def _early_users(routing: Routing, last: Node) -> list[Node]:

@@ -1,0 +1,209 @@
+"""find_sites and reroute on hand-written layers: each form that must be rewritten, each that must not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import layers
+import pytest
+import tiny
+import torch
+from layers import LEFT_ALONE, ROUTES, E, H
+from torch import Tensor, fx
+
+import moe_fx
+from moe_fx.kernels import reference
+from moe_fx.passes.find_sites import find_sites
+from moe_fx.passes.normalize import normalize
+from moe_fx.testing import tolerance
+
+T = 4
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+def make(cls: type[layers.Layer]) -> tuple[layers.Layer, Tensor, moe_fx.Artifact]:
+    layer, generator = cls().eval(), torch.Generator().manual_seed(3)
+    similarity = torch.rand(E, E, generator=generator)
+    site = {"similarity": (similarity + similarity.T) / 2, "mask_router": torch.randn(E, H, generator=generator)}
+    return layer, torch.randn(T, H, generator=generator), moe_fx.Artifact({"": site})
+
+
+def compiled(layer: layers.Layer, x: Tensor, policy: object, **options: Any) -> Tensor:
+    with torch.no_grad():
+        return torch.compile(layer, backend="moe_sparse", options={"policy": policy, "inner": "eager", **options})(x)
+
+
+def decided(layer: layers.Layer, x: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.no_grad(), tiny.sorted_topk():
+        return layer.route(x)
+
+
+def run(layer: layers.Layer, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    with torch.no_grad():
+        return layer.run(x, ids, weights)
+
+
+def captured(layer: layers.Layer, x: Tensor) -> fx.GraphModule:
+    graphs: list[fx.GraphModule] = []
+    with torch.no_grad():
+        torch.compile(layer, backend=lambda gm, _: graphs.append(normalize(gm)) or gm.forward)(x)
+    (gm,) = graphs
+    return gm
+
+
+@pytest.mark.parametrize("cls", ROUTES)
+def test_found_with_the_right_shape(cls: type[layers.Layer]) -> None:
+    layer, x, _ = make(cls)
+    routings, skips = find_sites(captured(layer, x))
+    assert [(r.site.num_experts, r.site.top_k, r.site.hidden_size) for r in routings] == [(E, ROUTES[cls], H)]
+    assert skips == []
+
+
+@pytest.mark.parametrize("cls", ROUTES)
+@pytest.mark.parametrize("primary", [1, 2])
+@pytest.mark.parametrize("threshold", [0.0, 0.3])
+def test_sere_is_the_definition(cls: type[layers.Layer], primary: int, threshold: float) -> None:
+    layer, x, artifact = make(cls)
+    ids, weights = decided(layer, x)
+    moved = reference.sere_reroute(ids, artifact.sites[""]["similarity"], primary, threshold)
+    want = run(layer, x, moved, weights)
+    got = compiled(layer, x, moe_fx.SERE(artifact, primary=primary, threshold=threshold), strict=True)
+    torch.testing.assert_close(got, want, **tolerance(torch.float32))
+    assert moe_fx.last_report().ops_after["moe_fx.sere_reroute"] == 1
+    if primary == 1 and threshold == 0:
+        assert not torch.equal(moved, ids), "something must move for the test to mean anything"
+
+
+@pytest.mark.parametrize("cls", [c for c in ROUTES if c is not layers.Capacity])
+def test_beam_is_the_definition(cls: type[layers.Layer]) -> None:
+    layer, x, artifact = make(cls)
+    ids, weights = decided(layer, x)
+    masked, masked_ids = reference.beam_mask(weights, ids, x @ artifact.sites[""]["mask_router"].T, 0.6)
+    assert 0 < (masked_ids < 0).sum() < masked_ids.numel()
+    want = run(layer, x, ids, masked)
+    got = compiled(layer, x, moe_fx.BEAM(artifact, tau=0.6), strict=True)
+    torch.testing.assert_close(got, want, **tolerance(torch.float32))
+    assert moe_fx.last_report().ops_after["moe_fx.fold_masked"] == 1
+    assert moe_fx.last_report().sites[0].experts == "folded"
+
+
+def test_beam_reads_no_expert_that_nobody_picked() -> None:
+    layer, x, artifact = make(layers.SoftmaxThenTopK)
+    ids, weights = decided(layer, x)
+    _, masked_ids = reference.beam_mask(weights, ids, x @ artifact.sites[""]["mask_router"].T, 0.95)
+    active = set(masked_ids[masked_ids >= 0].tolist())
+    assert 0 < len(active) < E
+    with torch.no_grad():
+        for expert in set(range(E)) - active:
+            layer.up[expert] = float("nan")
+    got = compiled(layer, x, moe_fx.BEAM(artifact, tau=0.95))
+    assert not got.isnan().any()
+
+
+def test_beam_is_refused_where_off_picks_would_fill_a_capacity() -> None:
+    layer, x, artifact = make(layers.Capacity)
+    policy = moe_fx.BEAM(artifact, tau=0.6)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(layer, x, policy), layer(x))
+    (skip,) = moe_fx.last_report().skips
+    assert "capacity" in skip.reason
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="strict: .*capacity"):
+        compiled(layer, x, policy, strict=True)
+
+
+@pytest.mark.parametrize("cls", LEFT_ALONE)
+def test_left_alone(cls: type[layers.Layer]) -> None:
+    layer, x, artifact = make(cls)
+    for policy in (moe_fx.SERE(artifact, primary=1), moe_fx.BEAM(artifact, tau=0.6)):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(layer, x, policy), layer(x), rtol=0, atol=0)
+        report = moe_fx.last_report()
+        assert report.sites == []
+        assert report.ops_before == report.ops_after
+
+
+@pytest.mark.parametrize(
+    ("cls", "words"), [(layers.Sampler, "never seen to select among 6 experts"), (layers.ShiftedIds, "arithmetic")]
+)
+def test_what_resembles_routing_is_reported_with_its_reason(cls: type[layers.Layer], words: str) -> None:
+    layer, x, _ = make(cls)
+    (skip,) = moe_fx.explain(layer, x).skips
+    assert words in skip.reason
+
+
+def test_ops_before_and_after() -> None:
+    layer, x, artifact = make(layers.GatheredBiased)
+    compiled(layer, x, [moe_fx.BEAM(artifact), moe_fx.SERE(artifact, primary=1)])
+    report = moe_fx.last_report()
+    added = Counter(report.ops_after)
+    added.subtract(report.ops_before)
+    assert {op: n for op, n in added.items() if n} == {
+        "moe_fx.beam_mask": 1, "moe_fx.sere_reroute": 1, "moe_fx.fold_masked": 1, "aten.linear": 1, "getitem": 4,
+    }  # fmt: skip
+
+
+def test_an_unsorted_selection_is_sorted_for_sere_only() -> None:
+    layer, x, artifact = make(layers.TopKThenSoftmax)
+    graphs: list[fx.GraphModule] = []
+    for policy in (moe_fx.SERE(artifact, primary=1), moe_fx.BEAM(artifact)):
+        torch._dynamo.reset()
+        compiled(layer, x, policy, inner=lambda gm, _: graphs.append(gm) or gm.forward)
+    orders = [n.args[4] for gm in graphs for n in gm.graph.nodes if "topk" in str(n.target)]
+    assert orders == [True, False]
+
+
+def test_picks_that_feed_the_weights_stay_the_routers_own() -> None:
+    """A pick that moves keeps its weight: the score it is gathered by, and its per-expert scale."""
+    layer, x, artifact = make(layers.PerExpertScale)
+    graphs: list[fx.GraphModule] = []
+    compiled(layer, x, moe_fx.SERE(artifact, primary=1), inner=lambda gm, _: graphs.append(gm) or gm.forward)
+    scale_reads = [n for n in graphs[0].graph.nodes if "index.Tensor" in str(n.target) and n.meta["val"].dim() == 2]
+    assert scale_reads
+    for node in scale_reads:
+        assert not any("sere" in i.name for i in node.all_input_nodes)
+
+
+def test_two_routers_of_one_block_are_two_sites() -> None:
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = layers.SoftmaxThenTopK(), layers.GatheredBiased()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(x + self.first(x))
+
+    assert [s.name for s in moe_fx.explain(Twice(), torch.randn(T, H)).sites] == ["first", "second"]
+
+
+def test_one_layer_run_twice_is_one_site() -> None:
+    class Shared(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layers.SoftmaxThenTopK()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x + self.layer(x))
+
+    module, x = Shared(), torch.randn(T, H)
+    report = moe_fx.explain(module, x)
+    assert [s.name for s in report.sites] == ["layer"]
+    _, _, artifact = make(layers.SoftmaxThenTopK)
+    both = moe_fx.Artifact({"layer": artifact.sites[""]})
+    torch._dynamo.reset()
+    options = {"policy": moe_fx.SERE(both, primary=1), "inner": "aot_eager"}
+    with torch.no_grad():
+        got = torch.compile(module, backend="moe_sparse", options=options)(x)
+    assert moe_fx.last_report().ops_after["moe_fx.sere_reroute"] == 2
+
+    def once(y: Tensor) -> Tensor:
+        ids, weights = decided(module.layer, y)
+        return run(module.layer, y, reference.sere_reroute(ids, both.sites["layer"]["similarity"], 1, 0.0), weights)
+
+    torch.testing.assert_close(got, once(x + once(x)), **tolerance(torch.float32))

@@ -1,0 +1,263 @@
+"""Hand-written layers with topk, sort and scatter in them: some route tokens to experts, most do not.
+
+``ROUTES`` are found with the given number of picks; ``LEFT_ALONE`` must never be rewritten.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+H, E, K, I, V = 16, 6, 2, 12, 6  # V: a vocabulary as large as the number of experts, to mislead
+
+
+class Layer(nn.Module):
+    """A router and a stack of two-layer experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.router = nn.Linear(H, E, bias=False)
+        self.up = nn.Parameter(torch.randn(E, H, I) * H**-0.5)
+        self.down = nn.Parameter(torch.randn(E, I, H) * I**-0.5)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(ids, weights) [T, K] of the picks, best first: what the router decides."""
+        weights, ids = self.router(x).softmax(-1).topk(K)
+        return ids, weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x, *self.route(x))
+
+    def run(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Sum of weight * expert over the picks, by gathered weights."""
+        hidden = F.silu(torch.einsum("th,tkhi->tki", x, self.up[ids]))
+        return torch.einsum("tki,tkih,tk->th", hidden, self.down[ids], weights)
+
+    def run_dense(self, x: Tensor, gates: Tensor) -> Tensor:
+        """Every expert on every token, weighted by a matrix [T, E]."""
+        every = torch.bmm(F.silu(torch.bmm(x.expand(E, *x.shape), self.up)), self.down)
+        return torch.einsum("te,eth->th", gates, every)
+
+
+class SoftmaxThenTopK(Layer):
+    """Renormalised in place."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = self.router(x).softmax(-1).topk(K)
+        weights /= weights.sum(-1, keepdim=True)
+        return ids, weights
+
+
+class TopKThenSoftmax(Layer):
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        values, ids = torch.topk(self.router(x), K, dim=1, sorted=False)
+        return ids, values.softmax(-1)
+
+
+class SortThenSlice(Layer):
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        values, order = torch.sort(self.router(x).sigmoid(), dim=-1, descending=True)
+        return order[..., :K], values[..., :K]
+
+
+class GatheredBiased(Layer):
+    """The biased scores choose, the plain scores weigh."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(0.3 * torch.randn(E))
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.router(x).sigmoid()
+        ids = (scores + self.bias).topk(K, dim=-1, sorted=False).indices
+        weights = scores.gather(-1, ids)
+        return ids, 2.5 * weights / (weights.sum(-1, keepdim=True) + 1e-20)
+
+
+class PerExpertScale(Layer):
+    """The scale of a pick is looked up by its id and belongs to the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(0.5 + torch.rand(E))
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = self.router(x).softmax(-1).topk(K)
+        return ids, weights * self.scale[ids]
+
+
+class DenseScatter(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        ids, weights = self.route(x)
+        return self.run_dense(x, torch.zeros(x.shape[0], E).scatter(1, ids, weights))
+
+
+class DenseScatterInPlace(Layer):
+    """Renormalised as a matrix."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        ids, weights = super().route(x)
+        return ids, weights / weights.sum(-1, keepdim=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x).softmax(-1)
+        weights, ids = scores.topk(K)
+        gates = torch.zeros_like(scores)
+        gates.scatter_(-1, ids, weights)
+        return self.run_dense(x, gates / gates.sum(-1, keepdim=True))
+
+
+class InfinityScatter(Layer):
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        values, ids = self.router(x).topk(K)
+        return ids, values.softmax(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.router(x)
+        values, ids = logits.topk(K)
+        return self.run_dense(x, torch.full_like(logits, float("-inf")).scatter(-1, ids, values).softmax(-1))
+
+
+class DenseOneHot(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        ids, weights = self.route(x)
+        return self.run_dense(x, (F.one_hot(ids, E).to(weights) * weights.unsqueeze(-1)).sum(1))
+
+
+class ThreeDimensional(Layer):
+    """Batch and sequence stay apart."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(2, -1, H)
+        weights, ids = self.router(x).softmax(-1).topk(K)
+        hidden = F.silu(torch.einsum("bsh,bskhi->bski", x, self.up[ids]))
+        return torch.einsum("bski,bskih,bsk->bsh", hidden, self.down[ids], weights).flatten(0, 1)
+
+
+class EveryExpertPicked(Layer):
+    """K = E."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = self.router(x).softmax(-1).topk(E)
+        return ids, weights
+
+
+class WeightsAfterIds(Layer):
+    """The experts begin before the weights are final."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        ids, weights = super().route(x)
+        return ids, weights / weights.sum(-1, keepdim=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x).softmax(-1).topk(K)
+        hidden = F.silu(torch.einsum("th,tkhi->tki", x, self.up[ids]))
+        weights = weights / weights.sum(-1, keepdim=True)
+        return torch.einsum("tki,tkih,tk->th", hidden, self.down[ids], weights)
+
+
+class CosineRouter(Layer):
+    """The router's weight is normalised first."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = F.linear(x, F.normalize(self.router.weight, dim=-1)).softmax(-1).topk(K)
+        return ids, weights
+
+
+class Capacity(Layer):
+    """GShard: what overflows an expert's capacity is dropped, so an off pick must not take a place."""
+
+    def run(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        hot = F.one_hot(ids, E)  # [T, K, E]
+        place = (hot.flatten(0, 1).cumsum(0).view_as(hot) * hot).sum(-1) - 1
+        return super().run(x, ids, weights * (place < 3))
+
+
+ROUTES: dict[type[Layer], int] = {
+    SoftmaxThenTopK: K, TopKThenSoftmax: K, SortThenSlice: K, GatheredBiased: K, PerExpertScale: K, DenseScatter: K,
+    DenseScatterInPlace: K, InfinityScatter: K, DenseOneHot: K, ThreeDimensional: K, EveryExpertPicked: E,
+    WeightsAfterIds: K, CosineRouter: K, Capacity: K,
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ left alone
+
+
+class Sampler(Layer):
+    """Top-k sampling over a vocabulary, then the embedding of the winners."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(V, H)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x).softmax(-1).topk(K)
+        return (self.embedding(ids) * weights.unsqueeze(-1)).sum(1)
+
+
+class Indexer(Layer):
+    """Sparse attention: every position picks positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x) @ self.router(x).T
+        ids = scores.topk(K, dim=-1).indices
+        mask = torch.full_like(scores, float("-inf")).scatter(-1, ids, 0.0)
+        return (scores + mask).softmax(-1) @ x
+
+
+class ExpertChoice(Layer):
+    """Experts pick tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, tokens = self.router(x).softmax(-1).T.topk(3)
+        y = torch.bmm(F.silu(torch.bmm(x[tokens], self.up)), self.down) * weights.unsqueeze(-1)
+        return torch.zeros_like(x).index_add(0, tokens.flatten(), y.flatten(0, 1))
+
+
+class NucleusRouting(Layer):
+    """As many experts as it takes to reach a probability: no fixed K."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        probabilities, order = self.router(x).softmax(-1).sort(dim=-1, descending=True)
+        kept = probabilities * ((probabilities.cumsum(-1) - probabilities) < 0.6)
+        return self.run_dense(x, torch.zeros_like(probabilities).scatter(-1, order, kept))
+
+
+class GroupOnly(Layer):
+    """Two groups of three experts; the best group runs whole.  Nothing picks single experts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x).softmax(-1)
+        groups = scores.view(-1, 2, 3).amax(-1).topk(1).indices
+        mask = torch.zeros(x.shape[0], 2).scatter(1, groups, 1.0)
+        return self.run_dense(x, scores * mask.repeat_interleave(3, dim=-1))
+
+
+class SmallestPicks(Layer):
+    """largest=False: the picks are the worst experts, in an order that SERE does not mean."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x).softmax(-1).topk(K, largest=False)
+        return self.run(x, ids, weights)
+
+
+class ShiftedIds(Layer):
+    """Ids are changed by arithmetic before they select, so the router's experts are not the ones that run."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        ids, weights = super().route(x)
+        return (ids + 1) % E, weights
+
+
+class Median(Layer):
+    """A sort that is not about routing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.router(x).sort(dim=-1, descending=True).values[..., E // 2, None]
+
+
+LEFT_ALONE: tuple[type[Layer], ...] = (
+    Sampler, Indexer, ExpertChoice, NucleusRouting, GroupOnly, SmallestPicks, ShiftedIds, Median,
+)  # fmt: skip
