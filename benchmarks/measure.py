@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import platform
 import statistics
 import subprocess
@@ -41,6 +42,11 @@ def copy_bandwidth(megabytes: int = 512, repeats: int = 7) -> float:
         target.copy_(source)
         seconds.append(time.perf_counter() - start)
     return 2 * source.numel() * source.element_size() / statistics.median(seconds)
+
+
+def available_cores() -> int:
+    """Cores this process may use.  PyTorch counts the machine's, and too many threads make small models crawl."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def conditions() -> dict[str, str]:

@@ -26,6 +26,7 @@ OPTIONS = {
     "policy": "a policy, a dict such as {'name': 'sere', 'artifact': 'model.moe.safetensors', 'primary': 2}, or a list of those",
     "inner": "the name of a torch.compile backend, or a callable (graph_module, example_inputs) -> callable",
     "inner_options": "a dict, handed to the inner compiler as its options",
+    "mode": "torch.compile's mode for the Inductor inner compiler (torch.compile takes its own mode only without options)",
     "strict": "True or False: whether a real router that cannot be rewritten is an error",
     "stats": "True or False: whether to count active experts while the model runs (read them with moe_fx.stats())",
 }
@@ -69,7 +70,8 @@ def _parse(options: Mapping[str, Any], mode: str | None) -> tuple[Settings, Call
         if not isinstance(options.get(key, False), bool):
             raise OptionError(f"option '{key}' is {options[key]!r}, expected {OPTIONS[key]}")
     settings = Settings(from_config(options.get("policy")), options.get("strict", False), options.get("stats", False))
-    return settings, _inner_compiler(options.get("inner", "inductor"), options.get("inner_options"), mode)
+    inner = _inner_compiler(options.get("inner", "inductor"), options.get("inner_options"), options.get("mode", mode))
+    return settings, inner
 
 
 def _inner_compiler(inner: object, inner_options: object, mode: str | None) -> Callable[..., Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -188,5 +188,5 @@ def _shown(batches: Iterable[object], progress: bool | None) -> Iterable[object]
     from rich.console import Console
     from rich.progress import track
 
-    total = len(batches) if hasattr(batches, "__len__") else None
+    total = len(batches) if isinstance(batches, Sized) else None
     return track(batches, "calibrating", total=total, console=Console(stderr=True))

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
+import torch
+from torch import nn
+
 from moe_fx.artifacts import Artifact
 
 
@@ -105,7 +108,7 @@ class SERE(Policy):
         return self.artifact
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BEAM(Policy):
     """Switch off the picks that a trained mask router rejects (arXiv 2605.14438).
 
@@ -132,6 +135,30 @@ class BEAM(Policy):
         if not isinstance(self.train, bool):
             raise PolicyError(f"BEAM's train must be True or False, but got {_show(self.train)}")
         _set(self, "artifact", _artifact(self))
+        _set(self, "_masks", {})
+
+    def __eq__(self, other: object) -> bool:
+        """By value, but a policy that trains is only itself: its masks are state that no two policies share."""
+        if not isinstance(other, BEAM) or self.train or other.train:
+            return self is other
+        return (self.artifact, self.tau) == (other.artifact, other.tau)
+
+    def __hash__(self) -> int:
+        return hash((self.artifact, self.tau, self.train))
+
+    def trainable(self, site: str, shape: tuple[int, int], device: torch.device) -> nn.Parameter:
+        """The mask router [E, H] that training learns at a site: float32, from the artifact or from zero."""
+        masks: dict[str, nn.Parameter] = self._masks  # type: ignore[attr-defined]
+        if site not in masks:
+            start = torch.zeros(shape)
+            if self.artifact is not None:
+                start = self.artifact.tensor(site, "mask_router", *shape).clone()
+            masks[site] = nn.Parameter(start.to(device))
+        return masks[site]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The mask routers being trained, for an optimiser.  They come into being when the model is first compiled."""
+        return list(self._masks.values())  # type: ignore[attr-defined]
 
 
 # What a configuration can name.

@@ -50,7 +50,8 @@ class Report:
     def __rich__(self) -> object:
         from rich.console import Group
 
-        parts: list[object] = [_site_table(self.sites)] if self.sites else ["No expert routing was found; the model runs unchanged."]
+        nothing = "No expert routing was found; the model runs unchanged."
+        parts: list[object] = [_site_table(self.sites) if self.sites else nothing]
         if self.skips:
             parts.append(_skip_table(self.skips))
         parts.append(self._summary())

@@ -88,16 +88,23 @@ class SiteTable:
     def _resolve(self, weight: Tensor) -> tuple[Tensor, str]:
         """The parameter with this memory and the name of its layer's site."""
         roots = [*(r for ref in self.roots if (r := ref()) is not None), *roots_on_stack()]
-        for root in roots:
-            for name, parameter in tensors(root):
-                full = normal_name(name)
-                if parameter.data_ptr() == weight.data_ptr() and full.endswith(self.suffix):
-                    prefix = full.removesuffix(self.suffix).strip(".")
-                    return parameter, ".".join(p for p in (prefix, self.scope) if p)
+        candidates = [c for root in roots if (c := self._in_root(root, weight)) is not None]
+        # an artifact's site names tell which of several nested modules the user calls the model
+        named = [c for c in candidates if c[1] in self.artifact.sites]
+        for candidate in (*named, *candidates):
+            return candidate
         raise RuntimeError(
             "moe_fx cannot tell which layer is running: the router's weight is no parameter of a module on the call "
             "stack. Compile the whole model, with experts that trace (model.set_experts_implementation('grouped_mm'))"
         )
+
+    def _in_root(self, root: nn.Module, weight: Tensor) -> tuple[Tensor, str] | None:
+        for name, parameter in tensors(root):
+            full = normal_name(name)
+            if parameter.data_ptr() == weight.data_ptr() and full.endswith(self.suffix):
+                prefix = full.removesuffix(self.suffix).strip(".")
+                return parameter, ".".join(p for p in (prefix, self.scope) if p)
+        return None
 
 
 #: Tables by a key that is a literal of the graphs reading them.

@@ -7,16 +7,17 @@ that several layers share reads it through ``moe_fx::site_tensor``, which finds 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from moe_fx.passes import graph as g
-from moe_fx.passes.find_sites import Routing
 from torch import Tensor, fx, nn
 from torch._dynamo.source import SyntheticLocalSource
 from torch.fx.node import Node
 
 from moe_fx import tables
 from moe_fx.artifacts import Artifact
+from moe_fx.passes import graph as g
+from moe_fx.passes.find_sites import Routing
 from moe_fx.policy import BEAM, SERE, PolicyError
 from moe_fx.site import Layers, normal_name
 from moe_fx.stats import new_counter
@@ -89,15 +90,16 @@ class Binder:
             gm.register_buffer(name, tensor, persistent=False)
         if hasattr(gm, "_param_name_to_source"):
             # the inner compiler asks where each attribute comes from, to know which are the same at every call
-            gm._param_name_to_source = {**gm._param_name_to_source, name: SyntheticLocalSource(name)}  # type: ignore[has-type, misc]
+            known: Any = gm._param_name_to_source
+            gm._param_name_to_source = {**known, name: SyntheticLocalSource(name)}  # type: ignore[assignment]
         node = gm.graph.get_attr(name)
-        mode = g.value(routing.selection.ids).fake_mode  # type: ignore[attr-defined, union-attr]
+        mode = g.fake(routing.selection.ids).fake_mode
         node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
         return node
 
-    def _node(self, target: torch._ops.OpOverload, *args: object) -> Node:
+    def _node(self, target: torch._ops.OpOverload, *args: Any) -> Node:
         return g.call(self._gm.graph, target, *args)
 
 
 def _device(routing: Routing) -> torch.device:
-    return g.value(routing.selection.ids).device  # type: ignore[attr-defined, union-attr]
+    return g.fake(routing.selection.ids).device

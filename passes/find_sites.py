@@ -13,12 +13,14 @@ silence; one that fails a later question resembles routing and is reported as a 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
+from torch import fx
+from torch.fx.node import Node
+
 from moe_fx.passes import graph as g
 from moe_fx.passes.graph import (
     Weights,
@@ -32,9 +34,6 @@ from moe_fx.passes.graph import (
     same_shape,
     size,
 )
-from torch import fx
-from torch.fx.node import Node
-
 from moe_fx.site import Site, Skip, normal_name
 
 #: Ops that turn scores into scores, each expert's from its own (or from its row's) scores.
@@ -185,8 +184,8 @@ def _topk(node: Node) -> Selection | None:
 def _sort(node: Node) -> Selection | None:
     """sort(scores, descending)[:, :k] = topk(scores, k), when nothing but the first k is read."""
     scores = node.args[0]
-    stable = "stable" in node.kwargs or isinstance(node.target, torch._ops.OpOverload) and node.target._overloadname == "stable"
-    position = 1 if not stable or "stable" in node.kwargs else 2
+    # sort.stable(self, *, stable, dim, descending) takes all but the tensor by keyword
+    position = 1 if "stable" not in node.kwargs else len(node.args)
     if not _over_last_axis(node, scores, position) or argument(node, "descending", position + 1, False) is not True:
         return None
     ids, values = [_only_slice(o) for o in (outputs(node, 1), outputs(node, 0))]
@@ -213,7 +212,7 @@ def _only_slice(taken: list[Node]) -> tuple[Node, int | None] | None:
         and isinstance(end, int)
         and 0 < end == size(first, -1)
     )
-    return (first, end if fits else None)  # type: ignore[return-value]
+    return first, (end if fits else None)
 
 
 def _whole(node: Node) -> bool:
@@ -239,8 +238,8 @@ def find_router(selection: Selection, weights: Weights) -> Router | None:
         return None
     hidden, weight = _operands(linear, weights)
     hidden_size = size(hidden, -1)
-    leaf = next((n for n in weights.leaves(weight) if rank(n) >= 2), None)
-    if hidden_size is None or leaf is None or hidden in weights:
+    leaf = next((n for n in weights.leaves(weight) if rank(n) >= 2), None) if weight is not None else None
+    if hidden is None or hidden_size is None or leaf is None:
         return None
     return Router(linear, hidden, leaf, num_experts, hidden_size)
 
@@ -317,7 +316,9 @@ def find_cut(selection: Selection, router: Router, weights: Weights) -> tuple[Cu
     return (None, reason) if reason else (cut, "")
 
 
-def _follow_ids(ids: Node, router: Router, weights: Weights, cut: Cut, weight_like: set[Node], dense_like: dict[Node, str]) -> str:
+def _follow_ids(
+    ids: Node, router: Router, weights: Weights, cut: Cut, weight_like: set[Node], dense_like: dict[Node, str]
+) -> str:
     """Sort every use of the ids into: inside the router, a dense matrix of the router's, or the experts'."""
     stack, seen = [ids], set()
     while stack:
@@ -457,7 +458,9 @@ def _dense_step(node: Node, state: str, user: Node, router: Router) -> str | Non
     """The state of ``user``, or None when it is no longer a row over experts of the router's own."""
     name = op(user)
     if state == "row":  # a sum over experts, kept only to renormalise by
-        return "row" if name in WEIGHT_WISE and same_shape(user, node) else ("zero" if _is_row_of_experts(user, router) else None)
+        if name in WEIGHT_WISE and same_shape(user, node):
+            return "row"
+        return "zero" if _is_row_of_experts(user, router) else None
     after = _DENSE_RULES.get(state, {}).get(name)
     if after == "row":
         return "row" if any(_is_row_of_experts(u, router) or op(u) in WEIGHT_WISE for u in user.users) else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -58,6 +59,13 @@ def value(node: object) -> object:
         return None
     meta = node.meta
     return meta["val"] if "val" in meta else meta.get("example_value")
+
+
+def fake(node: Node) -> FakeTensor:
+    """The fake tensor a node of a normalised graph produces."""
+    val = value(node)
+    assert isinstance(val, FakeTensor), f"{node.name} carries no fake tensor"
+    return val
 
 
 def shape(node: object) -> tuple | None:
@@ -171,7 +179,7 @@ class Weights:
         for node in nodes:
             leaf = node.op in ("placeholder", "get_attr")
             # A graph that does not say which inputs are parameters: any matrix given from outside may be one.
-            if leaf and (is_parameter(node) or not known and rank(node) >= 2 and is_float(node)):
+            if leaf and (is_parameter(node) or (not known and rank(node) >= 2 and is_float(node))):
                 self._of.add(node)
             elif node.op == "call_function" and node.all_input_nodes and all(i in self._of for i in node.all_input_nodes):
                 self._of.add(node)
@@ -192,10 +200,10 @@ class Weights:
             stack.extend(n.all_input_nodes)
 
 
-def call(graph: fx.Graph, target: torch._ops.OpOverload, *args: object) -> Node:
+def call(graph: fx.Graph, target: torch._ops.OpOverload, *args: Any) -> Node:
     """A new call with its fake value computed, so that later passes and the inner compiler can read its shape."""
     node = graph.call_function(target, args)
-    fakes = fx.node.map_arg(args, value)
+    fakes: Any = fx.node.map_arg(args, cast(Any, value))
     mode = next(f.fake_mode for f in fakes if isinstance(f, FakeTensor))
     with mode:
         node.meta["val"] = target(*fakes)
@@ -204,7 +212,7 @@ def call(graph: fx.Graph, target: torch._ops.OpOverload, *args: object) -> Node:
     return node
 
 
-def call_pair(graph: fx.Graph, target: torch._ops.OpOverload, *args: object) -> tuple[Node, Node]:
+def call_pair(graph: fx.Graph, target: torch._ops.OpOverload, *args: Any) -> tuple[Node, Node]:
     """A new call of an op with two outputs, and its two outputs."""
     pair = call(graph, target, *args)
     first, second = (graph.call_function(operator.getitem, (pair, index)) for index in (0, 1))

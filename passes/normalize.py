@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from moe_fx.passes.graph import dtype, is_float, value
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import Node
+
+from moe_fx.passes.graph import dtype, is_float, value
 
 
 class NormalizeError(RuntimeError):
@@ -52,10 +55,11 @@ def _carry_over(old: fx.GraphModule, new: fx.GraphModule, placeholders: list[Nod
         after.meta.update({k: v for k, v in before.meta.items() if k not in after.meta})
         if hasattr(before, "_dynamo_source"):
             after._dynamo_source = before._dynamo_source
-    if hasattr(old, "_param_name_to_source"):
+    sources: Any = getattr(old, "_param_name_to_source", None)
+    if sources is not None:
         # tensors that Dynamo kept as attributes come through under other names, which the inner compiler would miss
         names = {name for name, _ in [*new.named_parameters(), *new.named_buffers()]}
-        if not names <= set(old._param_name_to_source):
+        if not names <= set(sources):
             del new._param_name_to_source
 
 
@@ -70,8 +74,12 @@ def functionalize_locals(graph: fx.Graph) -> None:
         target = node.args[0] if node.args else None
         if functional is None or not isinstance(target, Node) or not _unaliased(target, node):
             continue
-        target.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: node < user)
+        _replace_later_uses(target, node)
         node.target = functional
+
+
+def _replace_later_uses(old: Node, new: Node) -> None:
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: new < user)
 
 
 def _functional_form(node: Node) -> torch._ops.OpOverload | None:

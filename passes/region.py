@@ -62,7 +62,7 @@ def _has_token_shape(node: Node, routing: Routing) -> bool:
     if dims is None or not g.is_float(node) or len(dims) != g.rank(ids) or not isinstance(dims[-1], int):
         return False
     leading = [g.expression(d) for d in dims[:-1]]
-    return dims[-1] > 1 and leading == [g.expression(d) for d in g.shape(ids)[:-1]]  # type: ignore[index]
+    return dims[-1] > 1 and leading == [g.expression(d) for d in g.shape(ids)[:-1]]
 
 
 def _close(cone: list[Node], members: set[Node], starts: set[tuple[Node, Node]]) -> Region:

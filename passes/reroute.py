@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from moe_fx.passes import graph as g
-from moe_fx.passes.bind import Binder
-from moe_fx.passes.find_sites import Edge, Routing
 from torch import fx
 from torch.fx.node import Node
 
 import moe_fx.ops  # noqa: F401  (defines torch.ops.moe_fx)
+from moe_fx.passes import graph as g
+from moe_fx.passes.bind import Binder
+from moe_fx.passes.find_sites import Edge, Routing
 from moe_fx.policy import BEAM, SERE, Policy
 
 aten = torch.ops.aten
@@ -165,10 +165,7 @@ def _sort_selection(routing: Routing) -> None:
 def _read(graph: fx.Graph, routing: Routing, carriers: list[Node]) -> Decision:
     """The decision as it stands on the cut, as [T, K]."""
     ids = routing.selection.ids
-    if routing.cut.dense:
-        weights = [g.call(graph, aten.gather.default, matrix, -1, ids) for matrix in carriers]
-    else:
-        weights = carriers
+    weights = [g.call(graph, aten.gather.default, m, -1, ids) for m in carriers] if routing.cut.dense else carriers
     if g.rank(ids) == 2:
         return Decision(ids, tuple(weights))
     flat = [g.call(graph, aten.reshape.default, n, [-1, routing.selection.k]) for n in (ids, *weights)]

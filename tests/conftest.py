@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 
 _SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile(
-    "ci", max_examples=50, derandomize=True, deadline=None, suppress_health_check=_SLOW_IS_FINE
+    "ci", max_examples=30, derandomize=True, deadline=None, suppress_health_check=_SLOW_IS_FINE
 )
 settings.register_profile("nightly", max_examples=2000, deadline=None, suppress_health_check=_SLOW_IS_FINE)
 settings.load_profile("ci")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 
 import moe_fx
+import tiny
 from moe_fx.testing import tolerance
 
 PRIMARY, THRESHOLD, TAU = 1, 0.4, 0.5
@@ -227,3 +227,26 @@ def test_an_empty_batch_and_nan_logits() -> None:
     for hidden in (torch.randn(0, 4, tiny.HIDDEN), torch.full((2, 4, tiny.HIDDEN), float("nan"))):
         with torch.no_grad():
             torch.testing.assert_close(compiled(hidden), block(hidden), equal_nan=True)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_mask_routers_train_from_exactly_topk(inner: str) -> None:
+    name = "qwen3_moe"
+    model, inputs = tiny.build(name, "batched_mm"), tiny.tokens()
+    inputs["labels"] = inputs["input_ids"]
+    policy = moe_fx.BEAM(train=True)
+    compiled = torch.compile(model, backend="moe_sparse", options={"policy": policy, "inner": inner})
+    first = compiled(**inputs)
+    assert torch.equal(first.logits.detach(), model(**inputs).logits) or inner != "eager"
+    assert_same(first.logits.detach(), model(**inputs).logits)
+    masks = policy.parameters()
+    assert [tuple(m.shape) for m in masks] == [(tiny.EXPERTS, tiny.HIDDEN)] * tiny.LAYERS
+    first.loss.backward()
+    assert all(m.grad is not None and m.grad.abs().sum() > 0 for m in masks)
+    optimizer = torch.optim.SGD(masks, lr=10.0)
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = compiled(**inputs).loss
+        loss.backward()
+        optimizer.step()
+    assert not torch.allclose(compiled(**inputs).logits, first.logits, atol=1e-3), "the masks must have switched picks off"

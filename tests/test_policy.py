@@ -159,9 +159,43 @@ def test_the_digest_is_the_same_in_another_process():
 
 @pytest.mark.parametrize("policy", ALL_DIFFERENT, ids=lambda policy: policy.digest[:6])
 def test_policies_survive_copies_and_other_processes(policy):
-    assert copy.deepcopy(policy) == policy
-    assert pickle.loads(pickle.dumps(policy)) == policy
-    assert dataclasses.replace(policy) == policy
+    for other in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy)), dataclasses.replace(policy)):
+        assert type(other) is type(policy)
+        assert other.digest == policy.digest
+        assert repr(other) == repr(policy)
+
+
+def test_policies_are_equal_by_value():
+    assert SERE(make_artifact(), threshold=0.3) == SERE(make_artifact(), threshold=0.3)
+    assert BEAM(make_artifact("mask_router")) == BEAM(make_artifact("mask_router"))
+    assert hash(BEAM(make_artifact("mask_router"))) == hash(BEAM(make_artifact("mask_router")))
+    assert TopK() == TopK()
+    assert SERE() != BEAM()
+
+
+def test_a_policy_that_trains_is_equal_to_itself_only():
+    policy = BEAM(train=True)
+    assert policy.__eq__(policy)
+    assert policy not in (BEAM(train=True), BEAM())
+    assert BEAM() != policy
+
+
+def test_training_starts_at_the_artifact_or_at_zero_and_keeps_its_masks():
+    cpu = torch.device("cpu")
+    fresh, tuned = BEAM(train=True), BEAM(MASK_ROUTER, train=True)
+    assert fresh.parameters() == []
+    mask = fresh.trainable("model.layers.0.mlp", (4, 4), cpu)
+    assert mask.requires_grad
+    assert not mask.any()
+    assert fresh.trainable("model.layers.0.mlp", (4, 4), cpu) is mask
+    assert [id(parameter) for parameter in fresh.parameters()] == [id(mask)]
+    started = tuned.trainable("model.layers.0.mlp", (4, 4), cpu)
+    assert started.equal(MASK_ROUTER.sites["model.layers.0.mlp"]["mask_router"])
+    with torch.no_grad():
+        started.add_(1)
+    assert MASK_ROUTER.sites["model.layers.0.mlp"]["mask_router"].equal(torch.full((4, 4), 0.5))
+    with pytest.raises(ArtifactError, match=r"is \[4, 4\] but the router has 8 experts"):
+        BEAM(MASK_ROUTER, train=True).trainable("model.layers.0.mlp", (8, 4), cpu)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +206,7 @@ def test_policies_survive_copies_and_other_processes(policy):
         ("SERE", (SERE(),)),
         ({"name": "topk"}, (TopK(),)),
         ({"name": "sere", "primary": 1, "threshold": 0.3, "max_tokens": 64}, (SERE(None, 1, 0.3, 64),)),
-        ({"name": "beam", "tau": 0.25, "train": True}, (BEAM(tau=0.25, train=True),)),
+        ({"name": "beam", "tau": 0.25, "train": False}, (BEAM(tau=0.25),)),
         (SERE(SIMILARITY), (SERE(SIMILARITY),)),
         ([], (TopK(),)),
         (["topk"], (TopK(),)),
@@ -183,6 +217,11 @@ def test_policies_survive_copies_and_other_processes(policy):
 )
 def test_from_config(config, policies):
     assert from_config(config) == policies
+
+
+def test_from_config_makes_a_policy_that_trains():
+    (policy,) = from_config({"name": "beam", "tau": 0.25, "train": True})
+    assert policy.describe() == "BEAM(tau=0.25, train=True)"
 
 
 def test_from_config_reads_what_json_can_say(tmp_path):
@@ -228,9 +267,14 @@ def test_a_new_policy_is_a_dataclass_and_an_entry(monkeypatch):
         name = "fewer"
         picks: int = 1
 
+    @dataclasses.dataclass(frozen=True)
+    class More(Policy):
+        name = "more"
+        picks: int = 1
+
     monkeypatch.setitem(moe_fx.policy.POLICIES, Fewer.name, Fewer)
     assert from_config(["topk", {"name": "fewer", "picks": 3}]) == (Fewer(picks=3),)
     assert Fewer(picks=3).describe() == "Fewer(picks=3)"
-    assert Fewer(picks=3).digest != Fewer(picks=2).digest
+    assert len({Fewer(picks=3).digest, Fewer(picks=2).digest, More(picks=2).digest}) == 3
     with pytest.raises(PolicyError, match="did you mean 'fewer'"):
         from_config("fever")

@@ -126,6 +126,17 @@ def test_by_hand(implementation):
     assert new_weights.tolist() == [[0, 1, 1], [0, 0, 0], [1, 0, 1]]
 
 
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("num_tokens", [300, 1500])
+@pytest.mark.parametrize("ids_dtype", ID_DTYPES)
+def test_the_lowest_active_expert_is_found_anywhere_in_the_batch(implementation, num_tokens, ids_dtype):
+    ids = torch.full((num_tokens, 4), -1, dtype=ids_dtype)
+    ids[0, 2], ids[-1, 1] = 9, 5
+    new_ids = implementation(torch.ones(num_tokens, 4), ids)[1]
+    assert (new_ids[0] == 9).all()
+    assert (new_ids[1:] == 5).all()
+
+
 @pytest.mark.gpu
 def test_graph_capture_and_replay_with_changed_inputs():
     for num_tokens in (16, 4000):

@@ -109,18 +109,14 @@ def by_triton(*args: object) -> Tensor:
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", [on_cpu, by_triton])
 
 
-def non_contiguous(tensor: Tensor) -> Tensor:
-    return torch.stack([tensor, tensor], dim=-1)[..., 0]
-
-
 @IMPLEMENTATIONS
 @given(case=cases())
 def test_equals_the_reference(implementation, case):
     ids, similarity, valid = case.ids(), case.similarity(), case.valid_tokens()
     expected = reference.sere_reroute(ids, similarity, case.primary, case.threshold, valid)
     if not case.contiguous:
-        ids, similarity = non_contiguous(ids), similarity.t().contiguous().t()
-        valid = non_contiguous(valid) if case.valid_form == "mask" else valid
+        ids, similarity = ids.t().contiguous().t(), similarity.t().contiguous().t()
+        valid = torch.stack([valid, ~valid], dim=1)[:, 0] if case.valid_form == "mask" else valid
     before = ids.clone()
     new_ids = implementation(ids, similarity, case.primary, case.threshold, valid)
     assert new_ids.dtype == case.ids_dtype
@@ -262,7 +258,8 @@ def test_identities(implementation):
     assert not torch.equal(implementation(ids, similarity, 1, 0.0, None, 5), ids)
     # Nobody votes: all rows are padding, or all first picks are off or no experts.
     assert torch.equal(implementation(ids, similarity, 1, 0.0, torch.zeros(5, dtype=torch.bool)), ids)
-    assert torch.equal(implementation(ids, similarity, 1, 0.0, torch.tensor([0])), ids)
+    for none in (torch.tensor([0]), torch.tensor(-2)):
+        assert torch.equal(implementation(ids, similarity, 1, 0.0, none), ids)
     for no_expert in (-1, 16):
         ids[:, 0] = no_expert
         assert torch.equal(implementation(ids, similarity, 1, 0.0), ids)
@@ -292,12 +289,13 @@ def test_a_nan_similarity_is_the_lowest(implementation):
 def test_comparisons_are_in_float32(implementation):
     ids = torch.tensor([[0, 2], [1, 3]])
     similarity = torch.zeros(4, 4)
-    # One float32 step apart; equal in any shorter format, and 0.1 is another number in float64.
-    similarity[2, :2] = torch.tensor([0.1, 0.1]).nextafter(torch.tensor([0.1, 1.0]))
-    similarity[3, :2] = torch.tensor([0.1, 0.1]).nextafter(torch.tensor([0.0, 0.0]))
+    limit = torch.tensor(0.7)  # in float64, 0.7 is above it
+    similarity[2, :2] = torch.stack([limit, limit.nextafter(torch.tensor(1.0))])
+    similarity[3, :2] = torch.stack([limit.nextafter(torch.tensor(0.0)), torch.tensor(0.0)])
     assert implementation(ids, similarity, 1, 0.0).tolist() == [[0, 1], [1, 0]]
-    similarity[2, 1] = 0.1
-    assert implementation(ids, similarity, 1, 0.1).tolist() == [[0, 0], [1, 3]]
+    assert implementation(ids, similarity, 1, 0.7).tolist() == [[0, 1], [1, 3]]
+    similarity[2, 1] = 0.7
+    assert implementation(ids, similarity, 1, 0.7).tolist() == [[0, 0], [1, 3]]
 
 
 @pytest.mark.parametrize("num_experts", [1, 8, 60, 64, 128, 256, 384, 512, 2048])

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import layers
 import pytest
-import tiny
 import torch
-from layers import LEFT_ALONE, ROUTES, E, H
 from torch import Tensor, fx
 
+import layers
 import moe_fx
+import tiny
+from layers import LEFT_ALONE, ROUTES, E, H
 from moe_fx.kernels import reference
 from moe_fx.passes.find_sites import find_sites
 from moe_fx.passes.normalize import normalize
