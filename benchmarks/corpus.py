@@ -80,7 +80,7 @@ def load_corpus(vocab_size: int, max_train_bytes: int | None = None) -> Corpus:
     if not train_texts:
         raise FileNotFoundError(f"no Python source in {root}: the demo needs the standard library as .py files")
     tokenizer = train_tokenizer(train_texts, vocab_size)
-    separator = [tokenizer.token_to_id(SEPARATOR)]
+    separator = tokenizer.encode(SEPARATOR).ids
     ids = [separator + encoding.ids for encoding in tokenizer.encode_batch_fast(train_texts)]
     return Corpus(
         tokenizer=tokenizer,

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -41,6 +42,7 @@ from benchmarks.evaluation import (
 from benchmarks.measure import RESULTS, ROOT, available_cores, conditions, spread, write_csv
 from benchmarks.models import DEMO, TINY, Shape
 from benchmarks.training import Recipe, checkpoint_path, load_checkpoint, save_checkpoint, train
+from moe_fx.backend import last_report
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     artifact.save(folder / f"{plan.name}.moe.safetensors")
     configurations = choose(artifact, plan.shape.top_k, plan.plain_k, plan.primaries, plan.quantiles)
     groups = held_out_groups(plan, corpus)
-    measure(model.to(torch.bfloat16), configurations, groups, plan, screen)
+    model.to(torch.bfloat16)  # type: ignore[arg-type]
+    measure(model, configurations, groups, plan, screen)
     unigram = unigram_perplexity(corpus, torch.cat(groups)[:, 1:], plan.shape.vocab)
     screen.console.print(results_table(plan, configurations, unigram))
     csv, png = options.out / f"{plan.name}.csv", options.out / f"{plan.name}.png"
@@ -146,7 +149,7 @@ class Screen:
     def __init__(self) -> None:
         self.console = Console()
         if not self.console.is_terminal:
-            self.console = Console(width=140)
+            self.console = Console(width=140)  # a file has no width of its own
         self._start = time.perf_counter()
 
     @property
@@ -170,7 +173,7 @@ class Screen:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.console, transient=True) as progress:
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
             task = progress.add_task(title, total=total, detail="")
             detail = ""
 
@@ -232,7 +235,7 @@ def measure(
     """Compile everything, decode everything, and show what the backend found in the model."""
     with screen.phase("Compile", total=len(configurations) * len(plan.batches)) as advance:
         lanes = compile_lanes(model, configurations, plan.batches, groups[0], advance)
-    screen.console.print(moe_fx.last_report())
+    screen.console.print(last_report())
     with screen.phase("Count experts of plain top-K"):
         for configuration in configurations:
             if configuration.kind != "sere":
@@ -349,14 +352,17 @@ def draw(path: Path, plan: Plan, configurations: Sequence[Configuration]) -> Non
     plt.close(figure)
 
 
-def _series(configurations: Sequence[Configuration]) -> Iterator[tuple[str, list[Configuration], dict[str, str]]]:
+def _series(configurations: Sequence[Configuration]) -> Iterator[tuple[str, list[Configuration], dict[str, Any]]]:
     """(label, its points in order of active experts, matplotlib style): plain K, then SERE by S."""
     full = configurations[0]
     plain = [full, *(c for c in configurations if c.kind == "plain")]
     yield "plain top-K", plain, {"marker": "o", "color": "0.35", "linestyle": "--"}
-    sere = [c for c in configurations if isinstance(c.policy, moe_fx.SERE)]
-    for index, primary in enumerate(sorted({c.policy.primary for c in sere})):
-        group = sorted((c for c in sere if c.policy.primary == primary), key=lambda c: c.active_experts)
+    by_primary: dict[int, list[Configuration]] = {}
+    for c in configurations:
+        if isinstance(c.policy, moe_fx.SERE):
+            by_primary.setdefault(c.policy.primary, []).append(c)
+    for index, (primary, group) in enumerate(sorted(by_primary.items())):
+        group.sort(key=lambda c: c.active_experts)
         yield f"SERE, S={primary}", group, {"marker": "sD^v"[index % 4], "color": f"C{index}", "linestyle": "-"}
 
 

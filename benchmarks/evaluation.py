@@ -19,7 +19,7 @@ from transformers import Qwen3MoeForCausalLM
 
 import moe_fx
 from benchmarks.measure import median_ratio
-from benchmarks.models import Decoder, routers, set_top_k
+from benchmarks.models import Decoder, compiled, routers, set_top_k
 
 Advance = Callable[[int, str], None]  # (units done, what is being done)
 
@@ -106,7 +106,7 @@ def compile_lanes(
     advance: Advance,
 ) -> list[Lane]:
     """Compile every configuration for every batch size, with a cache as long as ``tokens`` [largest batch, length]."""
-    lanes = []
+    lanes: list[Lane] = []
     for configuration in configurations:
         variant = sharing_weights(model)
         set_top_k(variant, configuration.top_k)
@@ -125,16 +125,6 @@ def sharing_weights(model: Qwen3MoeForCausalLM) -> Qwen3MoeForCausalLM:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def compiled(model: Qwen3MoeForCausalLM, policy: moe_fx.Policy | None) -> Callable[..., object]:
-    """The model compiled as a user would; ``isolate_recompiles`` because all of these share one forward function."""
-    if policy is None:
-        return torch.compile(model, dynamic=False, isolate_recompiles=True)
-    # Counting active experts costs a few microseconds a layer.  It is left out of exact top-K, whose graph is then
-    # the very one that Inductor alone compiles.
-    options = {"policy": policy, "strict": True, "stats": not isinstance(policy, moe_fx.TopK)}
-    return torch.compile(model, backend="moe_sparse", options=options, dynamic=False, isolate_recompiles=True)
-
-
 def decode(lanes: Sequence[Lane], groups: Sequence[Tensor], advance: Advance) -> None:
     """Teacher-forced decoding of every group [largest batch, length], all lanes taking turns; fills configurations.
 
@@ -145,7 +135,7 @@ def decode(lanes: Sequence[Lane], groups: Sequence[Tensor], advance: Advance) ->
     done = 0
     for index, group in enumerate(groups):
         running = [lane for lane in lanes if index == 0 or lane.batch == largest]
-        losses = {lane.configuration.name: [] for lane in running if lane.batch == largest}
+        losses: dict[str, list[Tensor]] = {lane.configuration.name: [] for lane in running if lane.batch == largest}
         for lane in running:
             lane.decoder.rewind()
         for inputs, targets in segments(group):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import platform
 import statistics
@@ -20,6 +21,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def spread(values: Sequence[float]) -> float:
     """Half the distance between the quartiles, relative to the median: the noise of a median in one number."""
+    if len(values) < 2:
+        return math.nan
     low, middle, high = statistics.quantiles(values, n=4)
     return (high - low) / 2 / middle
 

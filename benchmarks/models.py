@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, StaticCache
 
+import moe_fx
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -34,20 +36,24 @@ class Shape:
         return f"{self.layers} layers, H={self.hidden}, I={self.intermediate}, E={self.experts}, K={self.top_k}"
 
 
-DEMO = Shape(vocab=2048, layers=3, hidden=256, intermediate=256, experts=32, top_k=4, heads=4, key_value_heads=2)
+DEMO = Shape(vocab=2048, layers=2, hidden=256, intermediate=64, experts=64, top_k=8, heads=4, key_value_heads=2)
 TINY = Shape(vocab=512, layers=2, hidden=64, intermediate=64, experts=8, top_k=4, heads=2, key_value_heads=1)
 DECODE_600M = Shape(vocab=4096, layers=6, hidden=1024, intermediate=512, experts=64, top_k=8, heads=16, key_value_heads=4)
 
 
 def qwen3_moe(shape: Shape, *, dtype: torch.dtype, seed: int, aux_loss: float = 0.0) -> Qwen3MoeForCausalLM:
-    """A randomly initialised Qwen3-MoE with ``grouped_mm`` experts, which Dynamo traces as one graph."""
+    """A randomly initialised Qwen3-MoE with ``grouped_mm`` experts, which Dynamo traces as one graph.
+
+    Weights have the standard deviation 1/sqrt(H) that keeps the size of activations, not the 0.02 of large models:
+    with H = 256 training starts much faster.
+    """
+    sizes: dict[str, Any] = {"head_dim": shape.hidden // shape.heads}  # which the config's signature does not list
     config = Qwen3MoeConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.key_value_heads,
-        head_dim=shape.hidden // shape.heads,
         moe_intermediate_size=shape.intermediate,
         num_experts=shape.experts,
         num_experts_per_tok=shape.top_k,
@@ -55,12 +61,15 @@ def qwen3_moe(shape: Shape, *, dtype: torch.dtype, seed: int, aux_loss: float = 
         tie_word_embeddings=True,
         max_position_embeddings=1024,
         router_aux_loss_coef=aux_loss,
+        initializer_range=shape.hidden**-0.5,
         decoder_sparse_step=1,
         mlp_only_layers=[],
         use_cache=False,
+        **sizes,
     )
     torch.manual_seed(seed)
-    model = Qwen3MoeForCausalLM(config).to(dtype).eval()
+    model: Any = Qwen3MoeForCausalLM(config)
+    model = model.to(dtype).eval()  # Any: transformers' decorator hides the dtype that `to` takes
     model.set_experts_implementation("grouped_mm")
     return model
 
@@ -74,6 +83,20 @@ def set_top_k(model: nn.Module, top_k: int) -> None:
     """Plain smaller K: the same weights, fewer picks per token."""
     for router in routers(model).values():
         router.top_k = top_k  # type: ignore[assignment]
+
+
+def compiled(model: Qwen3MoeForCausalLM, policy: moe_fx.Policy | None) -> Callable[..., Any]:
+    """The model compiled as a user would, by Inductor alone where ``policy`` is None.
+
+    ``isolate_recompiles``, because many of these share one forward function and its limit of recompilations.
+    """
+    settings: dict[str, Any] = {"dynamic": False, "isolate_recompiles": True}
+    if policy is not None:
+        # Counting active experts costs a few microseconds a layer.  It is left out of exact top-K, whose graph is then
+        # the very one that Inductor alone compiles.
+        options = {"policy": policy, "strict": True, "stats": not isinstance(policy, moe_fx.TopK)}
+        settings |= {"backend": "moe_sparse", "options": options}
+    return torch.compile(model, **settings)
 
 
 class Decoder:

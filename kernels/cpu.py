@@ -22,11 +22,9 @@ np: Any
 try:
     import numpy as np
 
-    torch.empty(0).numpy()  # raises where torch was built for another NumPy
+    torch.from_numpy(np.empty(0))  # raises where torch was built for another NumPy
 except (ImportError, RuntimeError):
     np = None
-
-_ZERO = torch.zeros(())
 
 
 def _contiguous_copy(tensor: Tensor) -> Tensor:
@@ -139,7 +137,7 @@ def fold_masked(topk_weights: Tensor, topk_ids: Tensor) -> tuple[Tensor, Tensor]
 
 def _switch_off(topk_weights: Tensor, on: Any) -> Tensor:
     """The weights where ``on``, and 0 elsewhere, contiguous.  By torch: NumPy does not know bfloat16."""
-    return torch.where(torch.from_numpy(on), topk_weights, _ZERO.to(topk_weights.dtype)).contiguous()
+    return torch.where(torch.from_numpy(on), topk_weights, 0).contiguous()
 
 
 def count_active(topk_ids: Tensor, num_experts: int) -> Tensor:

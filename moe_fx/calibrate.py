@@ -74,6 +74,7 @@ class _Collector:
 
     squared: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
+    hidden_sizes: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def compile(self, gm: fx.GraphModule, example_inputs: list[object]) -> Callable[..., Any]:
@@ -104,6 +105,7 @@ class _Collector:
         from moe_fx.passes.region import extract
 
         experts = extract(gm, region)
+        self.hidden_sizes[name] = routing.router.hidden_size
         dense = {e.node for e in routing.cut.dense}
 
         def observe(*read: Tensor) -> None:
@@ -146,6 +148,7 @@ class _Collector:
         metadata = {
             "metric": metric,
             "model": model_identity(model),
+            "hidden_sizes": self.hidden_sizes,
             "calibration": {"batches": batches, "tokens": max(self.tokens.values())},
             "created_by": "moe_fx.calibrate",
         }

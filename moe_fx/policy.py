@@ -149,6 +149,11 @@ class BEAM(Policy):
     def trainable(self, site: str, shape: tuple[int, int], device: torch.device) -> nn.Parameter:
         """The mask router [E, H] that training learns at a site: float32, from the artifact or from zero."""
         masks: dict[str, nn.Parameter] = self._masks  # type: ignore[attr-defined]
+        if site in masks and (tuple(masks[site].shape) != shape or masks[site].device != device):
+            raise PolicyError(
+                f"this BEAM already trains a mask router {list(masks[site].shape)} on {masks[site].device} for site '{site}', "
+                f"but the model now has {list(shape)} on {device}: give each model a BEAM(train=True) of its own"
+            )
         if site not in masks:
             start = torch.zeros(shape)
             if self.artifact is not None:

@@ -73,6 +73,21 @@ def test_ops_on_cuda_equal_the_reference(name):
         assert torch.equal(got.cpu(), want)
 
 
+@pytest.mark.parametrize("name", ["sere_reroute.mask", "beam_mask", "fold_masked"])
+def test_the_cuda_implementation_calls_the_triton_launcher(name, device, monkeypatch):
+    if device == "cpu":  # the interpreter: there is no device to switch to
+        monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    args = samples()[name]
+    op = name.split(".")[0]
+    moved = [arg.to(device) if isinstance(arg, Tensor) else arg for arg in args]
+    result = as_tuple(ops._triton(op)(*moved))
+    for got, want in zip(result, as_tuple(getattr(reference, op)(*args)), strict=True):
+        assert torch.equal(got.cpu(), want)
+    elsewhere = [arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args[1:]]
+    with pytest.raises(ValueError, match=f"{op}: a tensor is on meta, another on {device}"):
+        ops._triton(op)(moved[0], *elsewhere)
+
+
 def rerouted_layer(hidden, router, similarity, mask_router, valid):
     """One of each op, between ordinary ones."""
     weights, ids = torch.topk((hidden @ router).softmax(-1), 4)
@@ -227,3 +242,20 @@ def test_importing_twice_keeps_the_ops():
     importlib.import_module("moe_fx.ops")
     gc.collect()
     assert torch.equal(OPS.sere_reroute(*samples()["sere_reroute"]), expected)
+
+
+@pytest.mark.parametrize("mode", ["torch._subclasses.FakeTensorMode()", "torch.device('meta')"])
+def test_a_first_import_under_a_mode_leaves_the_ops_whole(mode):
+    code = f"""
+import torch
+with {mode}:
+    from moe_fx.kernels import cpu
+    import moe_fx.ops
+assert cpu.np is not None
+ids = torch.tensor([[0, 1], [2, 3]])
+assert torch.ops.moe_fx.sere_reroute(ids, torch.eye(4), 1, 0.0).tolist() == [[0, 0], [2, 0]]
+weights, ids = torch.ops.moe_fx.beam_mask(torch.ones(2, 2), ids, torch.eye(4)[:2] - 0.5, 0.5)
+assert torch.ops.moe_fx.fold_masked(weights, ids)[1].tolist() == [[0, 0], [0, 0]]
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -278,3 +278,10 @@ def test_a_new_policy_is_a_dataclass_and_an_entry(monkeypatch):
     assert len({Fewer(picks=3).digest, Fewer(picks=2).digest, More(picks=2).digest}) == 3
     with pytest.raises(PolicyError, match="did you mean 'fewer'"):
         from_config("fever")
+
+
+def test_a_policy_that_trains_refuses_a_second_model_of_another_shape():
+    policy = BEAM(train=True)
+    policy.trainable("moe", (4, 8), torch.device("cpu"))
+    with pytest.raises(PolicyError, match=r"already trains .*\[4, 8\].*\[6, 8\]"):
+        policy.trainable("moe", (6, 8), torch.device("cpu"))

@@ -1,0 +1,27 @@
+"""What can be measured, by name.  A benchmark takes a function that shows progress and returns rows for a CSV file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Where a benchmark lives; its module is imported only when it is run."""
+
+    about: str
+    module: str
+    function: str
+
+    def load(self) -> Callable[[Callable[[str], None]], list[dict[str, object]]]:
+        return getattr(import_module(self.module), self.function)
+
+
+BENCHMARKS = {
+    "decode": Benchmark(
+        "decode steps of a 600 M-parameter model: Inductor alone, exact top-K, SERE", "benchmarks.decode", "run"
+    ),
+    "compile": Benchmark("share of the passes in the time of a first compilation", "benchmarks.decode", "run_compile"),
+}
