@@ -12,6 +12,7 @@ if (_root / "pyproject.toml").is_file():
     # A source checkout: moe_fx.passes is ../passes and moe_fx.kernels is ../kernels.
     __path__.append(str(_root))
 
+import moe_fx.ops  # noqa: E402, F401  (defines torch.ops.moe_fx)
 from moe_fx.artifacts import Artifact, ArtifactError  # noqa: E402
 from moe_fx.calibrate import calibrate  # noqa: E402  (bound here so that the function, not the module, has the name)
 from moe_fx.policy import BEAM, SERE, Policy, PolicyError, TopK  # noqa: E402

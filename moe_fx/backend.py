@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from moe_fx.pipeline import Settings, run
-from moe_fx.policy import from_config
+from moe_fx.policy import BEAM, Policy, from_config
 from moe_fx.report import Report
 from moe_fx.tables import roots_on_stack
 
@@ -69,9 +69,18 @@ def _parse(options: Mapping[str, Any], mode: str | None) -> tuple[Settings, Call
     for key in ("strict", "stats"):
         if not isinstance(options.get(key, False), bool):
             raise OptionError(f"option '{key}' is {options[key]!r}, expected {OPTIONS[key]}")
-    settings = Settings(from_config(options.get("policy")), options.get("strict", False), options.get("stats", False))
+    settings = Settings(_policies(options.get("policy")), options.get("strict", False), options.get("stats", False))
     inner = _inner_compiler(options.get("inner", "inductor"), options.get("inner_options"), options.get("mode", mode))
     return settings, inner
+
+
+def _policies(config: object) -> tuple[Policy, ...]:
+    policies = from_config(config)
+    # a policy written as a dict is made anew for every graph, and nobody could reach its parameters
+    given = config if isinstance(config, (list, tuple)) else (config,)
+    if any(isinstance(p, BEAM) and p.train and p not in given for p in policies):
+        raise OptionError("a BEAM that trains must be an object, so that its parameters() can be given to an optimiser")
+    return policies
 
 
 def _inner_compiler(inner: object, inner_options: object, mode: str | None) -> Callable[..., Any]:

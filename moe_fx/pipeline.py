@@ -94,7 +94,7 @@ def _reroute_all(
 ) -> tuple[list[Routing], list[Skip]]:
     rewritten, refused = [], []
     for routing in routings:
-        reason = reroute(gm, routing, settings.policies, binder, settings.stats)
+        reason = reroute(gm, routing, settings.policies, binder, stats=settings.stats)
         if reason is None:
             rewritten.append(routing)
         else:

@@ -17,6 +17,7 @@ import moe_fx.ops  # noqa: F401  (defines torch.ops.moe_fx)
 from moe_fx.passes import graph as g
 from moe_fx.passes.bind import Binder
 from moe_fx.passes.find_sites import Edge, Routing
+from moe_fx.passes.fuse_experts import Experts
 from moe_fx.policy import BEAM, SERE, Policy
 
 aten = torch.ops.aten
@@ -31,11 +32,25 @@ class Decision:
     may_be_off: bool = False  # whether ids may be -1
 
 
-def reroute(gm: fx.GraphModule, routing: Routing, policies: tuple[Policy, ...], binder: Binder, stats: bool) -> str | None:
-    """Rewrite one site.  Returns None when done, or the reason why it cannot be done: then nothing was changed."""
-    carriers = _carriers(routing, policies)
-    last = max([routing.selection.ids, *carriers, *([routing.router.hidden] if _switches_off(policies) else [])])
-    reason = _obstacle(routing, policies, carriers, last)
+def reroute(
+    gm: fx.GraphModule,
+    routing: Routing,
+    policies: tuple[Policy, ...],
+    binder: Binder,
+    *,
+    experts: Experts | None = None,
+    stats: bool = False,
+) -> str | None:
+    """Rewrite one site.  Returns None when done, or the reason why it cannot be done: then nothing was changed.
+
+    With ``experts``, what the experts region computes, one op takes the region's place and skips what is off;
+    otherwise the region stays, and what is off is folded.
+    """
+    carriers = _carriers(routing, policies, experts)
+    hidden = [routing.router.hidden] if _switches_off(policies) else []
+    reads = [experts.hidden, *experts.stacks] if experts is not None else []
+    last = max([routing.selection.ids, *carriers, *hidden, *reads])
+    reason = _obstacle(routing, policies, carriers, last) if experts is None else None
     if reason is not None:
         return reason
     if any(isinstance(p, SERE) for p in policies):
@@ -48,12 +63,16 @@ def reroute(gm: fx.GraphModule, routing: Routing, policies: tuple[Policy, ...], 
         for policy in policies:
             if type(policy) in _APPLY:
                 decision = _APPLY[type(policy)](graph, decision, routing, policy, binder)
-        if decision.may_be_off:
+        if decision.may_be_off and experts is None:
             decision = _fold(graph, decision)
         if stats:
             binder.count(routing, before.ids, decision.ids)
-        _put_back(graph, routing, carriers, _unflat(graph, decision, routing))
-    _restore_order(routing, anchor)
+        if experts is not None:
+            _replace_experts(graph, decision, experts)
+        else:
+            _put_back(graph, routing, carriers, _unflat(graph, decision, routing))
+    if experts is None:
+        _restore_order(routing, anchor)
     graph.erase_node(anchor)
     return None
 
@@ -99,8 +118,34 @@ def _fold(graph: fx.Graph, decision: Decision) -> Decision:
 # ----------------------------------------------------------------------------------------------------- the cut
 
 
-def _carriers(routing: Routing, policies: tuple[Policy, ...]) -> list[Node]:
+def _replace_experts(graph: fx.Graph, decision: Decision, experts: Experts) -> None:
+    """One op in the place of the experts region."""
+    (weights,) = decision.weights
+    args = (experts.hidden, experts.w_gate_up, experts.w_down, weights, decision.ids, experts.b_gate_up, experts.b_down)
+    how = (experts.activation, experts.gated, experts.transposed, experts.alpha, experts.limit)
+    result = g.call(graph, torch.ops.moe_fx.fused_experts.default, *args, *how)
+    old = experts.region.output
+    if g.dtype(old) != g.dtype(result):
+        result = g.call(graph, aten.to.dtype, result, g.dtype(old))
+    old.replace_all_uses_with(result)
+    for node in reversed(experts.region.nodes):
+        graph.erase_node(node)
+    _erase_unused([*experts.region.replaced, *experts.region.inputs])
+
+
+def _erase_unused(nodes: list[Node]) -> None:
+    """Erase what only the erased region read, so that no compiler need find out that it is dead."""
+    while nodes:
+        node = nodes.pop()
+        if node.op == "call_function" and not node.users and not node._erased and not _mutates_something(node):
+            nodes += node.all_input_nodes
+            node.graph.erase_node(node)
+
+
+def _carriers(routing: Routing, policies: tuple[Policy, ...], experts: Experts | None) -> list[Node]:
     """The nodes whose values the rewrite replaces beside the ids: dense matrices, or weights that may become 0."""
+    if experts is not None:
+        return [n for n in experts.region.replaced if g.is_float(n)]
     if routing.cut.dense:
         return _distinct(routing.cut.dense)
     return _distinct(routing.cut.weights) if _switches_off(policies) else []

@@ -133,6 +133,7 @@ def test_mode_reaches_inductor_and_nothing_else() -> None:
         ({"policy": {"name": "sere", "primary": 0}}, "primary"),
         ({"policy": {"name": "sere", "threshold": 1.5}}, "threshold"),
         ({"policy": {"name": "beam", "tau": 1.0}}, "tau"),
+        ({"policy": {"name": "beam", "train": True}}, "must be an object"),
         ({"policy": moe_fx.SERE(artifact(E + 2))}, r"'moe' is \[8, 8\] but the router has 6 experts: recalibrate"),
         ({"policy": moe_fx.BEAM(artifact(E, H + 1))}, "site 'moe'"),
         ({"policy": moe_fx.SERE(artifact(E, H, "elsewhere"))}, "'moe'.*elsewhere"),
