@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fx.kernels import cpu, reference
+from moe_fx.kernels import cpu, experts_cpu, reference
 
 # Checks: of dtypes and shapes only, so that they hold for fake tensors too and never wait for a device.
 
@@ -95,6 +95,78 @@ def _check_count_active(topk_ids: Tensor, num_experts: int) -> None:
         raise ValueError(f"num_experts must not be negative, but it is {num_experts}")
 
 
+def _check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, but it is '{value}'")
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[Any, ...], meaning: str) -> None:
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} must be [{meaning}] = {list(expected)}, but it is {list(tensor.shape)}")
+
+
+def _check_fused_experts(
+    hidden: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    b_gate_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "silu",
+    gated: str = "concatenated",
+    transposed: bool = False,
+    alpha: float = 1.702,
+    limit: float | None = None,
+) -> None:
+    _check_weighted_picks(topk_weights, topk_ids)
+    _check_one_of("activation", activation, reference.ACTIVATIONS)
+    _check_one_of("gated", gated, reference.GATED)
+    if gated == "none" and (activation == "swiglu_clamped" or limit is not None):
+        raise ValueError("swiglu_clamped and limit act on a gate, but gated is 'none': give the layout of gate and up")
+    if hidden.dim() != 2 or w_gate_up.dim() != 3 or w_down.dim() != 3:
+        raise ValueError(
+            f"hidden must be [tokens, features] and the weights [experts, rows, columns], but they are "
+            f"{list(hidden.shape)}, {list(w_gate_up.shape)}, {list(w_down.shape)}: flatten the tokens"
+        )
+    if not hidden.is_floating_point():
+        raise TypeError(f"hidden must be floating point, but it is {hidden.dtype}: cast it")
+    parts = {"w_gate_up": w_gate_up, "w_down": w_down, "b_gate_up": b_gate_up, "b_down": b_down}
+    for name, part in parts.items():
+        if part is not None and part.dtype != hidden.dtype:
+            raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, but it is {part.dtype}: cast one")
+    num_experts, num_gate_up, num_in = (w_gate_up.mT if transposed else w_gate_up).shape
+    num_out = w_down.shape[2 if transposed else 1]
+    half = num_gate_up if gated == "none" else num_gate_up // 2
+    down = (num_experts, half, num_out) if transposed else (num_experts, num_out, half)
+    _check_shape("topk_ids", topk_ids, (hidden.shape[0], topk_ids.shape[1]), "tokens of hidden, picks")
+    _check_shape("hidden", hidden, (hidden.shape[0], num_in), "tokens, inputs of w_gate_up")
+    _check_shape("w_down", w_down, down, "experts, I, outputs" if transposed else "experts, outputs, I")
+    if gated != "none" and num_gate_up % 2:
+        raise ValueError(f"w_gate_up must hold as many rows for gate as for up, but it has {num_gate_up}")
+    if b_gate_up is not None:
+        _check_shape("b_gate_up", b_gate_up, (num_experts, num_gate_up), "experts, G")
+    if b_down is not None:
+        _check_shape("b_down", b_down, (num_experts, num_out), "experts, outputs")
+
+
+def _fake_fused_experts(
+    hidden: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    b_gate_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "silu",
+    gated: str = "concatenated",
+    transposed: bool = False,
+    alpha: float = 1.702,
+    limit: float | None = None,
+) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], w_down.shape[2 if transposed else 1])
+
+
 # Autograd
 
 
@@ -125,6 +197,43 @@ def _save_for_fold_masked(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
 def _fold_masked_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None]:
     (topk_ids,) = ctx.saved_tensors
     return torch.where(topk_ids >= 0, grad, 0), None
+
+
+# Which arguments of fused_experts may need a gradient: hidden, both weights, topk_weights, both biases.
+_LEARNED = (0, 1, 2, 3, 5, 6)
+
+
+def _save_for_fused_experts(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:7])
+    ctx.settings = inputs[7:]
+
+
+def _fused_experts_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """By an op of its own: the compiler must not trace a loop over the active experts."""
+    needs = [ctx.needs_input_grad[position] for position in _LEARNED]
+    found = iter(torch.ops.moe_fx.fused_experts_backward(grad, *ctx.saved_tensors, *ctx.settings, needs))
+    return tuple(next(found) if ctx.needs_input_grad[p] else None for p in range(7)) + (None,) * len(ctx.settings)
+
+
+def _fused_experts_backward(grad: Tensor, *args: Any) -> list[Tensor]:
+    """Autograd of the reference, run again on the inputs: one expert after another, with a host sync on a GPU."""
+    *inputs, needs = args
+    learned = [position for position, needed in zip(_LEARNED, needs, strict=True) if needed]
+    inputs = [value.detach() if isinstance(value, Tensor) else value for value in inputs]
+    with torch.enable_grad():
+        for position in learned:
+            inputs[position].requires_grad_()
+        output = reference.fused_experts(*inputs)
+        wanted = [inputs[position] for position in learned]
+        if not output.requires_grad:  # every pick is off
+            return [torch.zeros_like(value) for value in wanted]
+        found = torch.autograd.grad(output, wanted, grad, materialize_grads=True)
+    return [value.clone() if value is grad else value for value in found]
+
+
+def _fake_fused_experts_backward(grad: Tensor, *args: Any) -> list[Tensor]:
+    *inputs, needs = args
+    return [torch.empty_like(inputs[p]) for p, needed in zip(_LEARNED, needs, strict=True) if needed]
 
 
 # Registration
@@ -220,6 +329,31 @@ def _define_all() -> None:
         on_cpu=cpu.count_active,
         on_cuda=reference.count_active,
         fake=lambda topk_ids, num_experts: topk_ids.new_empty((), dtype=torch.int64),
+    )
+    settings = "str activation{}, str gated{}, bool transposed{}, float alpha{}, float? limit{}"
+    tensors = "Tensor hidden, Tensor w_gate_up, Tensor w_down, Tensor topk_weights, Tensor topk_ids, "
+    _define(
+        library,
+        "fused_experts",
+        f"({tensors}Tensor? b_gate_up=None, Tensor? b_down=None, "
+        + settings.format('="silu"', '="concatenated"', "=False", "=1.702", "=None")
+        + ") -> Tensor",
+        _check_fused_experts,
+        on_cpu=experts_cpu.fused_experts,
+        on_cuda=_triton("fused_experts"),
+        fake=_fake_fused_experts,
+    )
+    torch.library.register_autograd(
+        "moe_fx::fused_experts", _fused_experts_autograd, setup_context=_save_for_fused_experts, lib=library
+    )
+    _define(
+        library,
+        "fused_experts_backward",
+        f"(Tensor grad, {tensors}Tensor? b_gate_up, Tensor? b_down, {settings.format(*[''] * 5)}, bool[] needs) -> Tensor[]",
+        lambda *_: None,  # its arguments are those of a call that was checked
+        on_cpu=_fused_experts_backward,
+        on_cuda=_fused_experts_backward,
+        fake=_fake_fused_experts_backward,
     )
     _LIBRARIES.append(library)
 

@@ -112,6 +112,7 @@ class Routing:
     selection: Selection
     router: Router
     cut: Cut
+    experts: Node | None  # the first op where the ids meet the experts; None where that is outside the graph
 
 
 class Owner(Protocol):
@@ -146,15 +147,15 @@ def _examine(selection: Selection, router: Router, weights: Weights, owner: Owne
     proof = prove_experts(selection, router, weights)
     cut, reason = find_cut(selection, router, weights)
     if cut is None:
-        return Skip(name, reason, routing=proof.found)
+        return Skip(name, reason, routing=proof.at is not None)
     scope = g.common_path([where, *proof.paths]) if where is not None else _parent(_weight_path(router.weight), 2)
-    if not proof.found:
+    if proof.at is None:
         block = owner.expert_block(router.weight, router.num_experts) if proof.leaves_graph and owner is not None else None
         if block is None:
             return Skip(name, f"its ids are never seen to select among {router.num_experts} experts{proof.hint}")
         scope = block
     site = Site(scope, router.num_experts, selection.k, router.hidden_size, scoring(selection, router))
-    return Routing(site, selection, router, cut)
+    return Routing(site, selection, router, cut, proof.at)
 
 
 # ---------------------------------------------------------------------------------------------------- selection
@@ -498,7 +499,7 @@ def _background(base: object) -> str | None:
 class Proof:
     """What the ids were seen to do."""
 
-    found: bool = False
+    at: Node | None = None  # the first op where the ids meet the experts
     leaves_graph: bool = False
     paths: list[str] = field(default_factory=list)  # module paths of the ops that select among experts
     hint: str = ""
@@ -526,14 +527,14 @@ def prove_experts(selection: Selection, router: Router, weights: Weights) -> Pro
                     continue
                 seen.add(user)
                 if _meets_experts(user, router, weights) or _weighs_experts(user, seen, router, weights):
-                    proof.found = True
+                    proof.at = proof.at or user
                     proof.paths += [p for p in [module_path(user)] if p is not None]
                 elif not (op(user) in LINEAR and _operands(user, weights)[1] is not None and rank(user.args[-1]) == 2):
                     reached.append(user)
-        if proof.found or not reached:
+        if proof.at is not None or not reached:
             break
         frontier = reached
-    if not proof.found and proof.leaves_graph:
+    if proof.at is None and proof.leaves_graph:
         proof.hint = " in this graph; where the experts run outside it, compile the whole model or use experts that trace"
     return proof
 

@@ -36,7 +36,11 @@ class Region:
 
 
 def find_region(routing: Routing) -> Region | None:
-    """The experts region behind a site's cut; None when it does not come together in this graph."""
+    """The experts region behind a site's cut; None when it does not come together in this graph.
+
+    Its output is the first value with a vector for each token that all of the cut has flowed into, experts included:
+    before them, a dense matrix [T, E] of weights may be such a value too.
+    """
     edges = [*routing.cut.ids, *routing.cut.weights, *routing.cut.dense]
     graph = routing.selection.ids.graph
     starts = {(e.node, e.user) for e in edges}
@@ -48,7 +52,8 @@ def find_region(routing: Routing) -> Region | None:
         if any((i, node) in starts or i in members for i in node.all_input_nodes):
             members.add(node)
             cone.append(node)
-            if (last_use is None or not node < last_use) and _has_token_shape(node, routing):
+            complete = routing.experts in members and (last_use is None or not node < last_use)
+            if complete and _has_token_shape(node, routing):
                 return _close(cone, members, starts)
             furthest = max(node.users, default=node)
             last_use = furthest if last_use is None or last_use < furthest else last_use

@@ -1,0 +1,123 @@
+"""normalize: one vocabulary, the same numbers, and in-place ops made functional only where nothing can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from moe_fx.passes.graph import op
+from moe_fx.passes.normalize import NormalizeError, normalize
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+def normalized(f: Callable[..., Any], *args: Any, **compile_options: Any) -> tuple[fx.GraphModule, Any]:
+    graphs: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+        graphs.append(normalize(gm))
+        return graphs[-1].forward
+
+    result = torch.compile(f, backend=backend, **compile_options)(*args)
+    return graphs[0], result
+
+
+def mutations(gm: fx.GraphModule) -> list[str]:
+    return [str(n.target) for n in gm.graph.nodes if isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable]
+
+
+def test_all_spellings_become_one() -> None:
+    for spelling in (lambda x: torch.topk(x, 2), lambda x: x.topk(2, dim=-1), lambda x: torch.Tensor.topk(x, k=2)):
+        gm, _ = normalized(spelling, torch.randn(3, 5))
+        assert [op(n) for n in gm.graph.nodes if n.op == "call_function"][0] == "topk"
+        torch._dynamo.reset()
+
+
+def test_module_paths_survive() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), nn.Linear(4, 2)))
+    gm, _ = normalized(model, torch.randn(3, 4))
+    from moe_fx.passes.graph import module_path
+
+    assert [module_path(n) for n in gm.graph.nodes if op(n) == "linear"] == ["0", "1.1"]
+
+
+def test_an_in_place_op_on_a_private_value_becomes_functional() -> None:
+    def renormalised(x: Tensor) -> Tensor:
+        weights = x.softmax(-1)
+        weights /= weights.sum(-1, keepdim=True)
+        mask = torch.zeros_like(weights)
+        mask.scatter_(1, torch.tensor([[0], [1]]), 1.0)
+        return weights * mask
+
+    x = torch.randn(2, 4)
+    gm, result = normalized(renormalised, x)
+    assert mutations(gm) == []
+    torch.testing.assert_close(result, renormalised(x))
+
+
+def test_later_readers_see_the_change_and_earlier_ones_do_not() -> None:
+    def f(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x * 2
+        before = y + 1
+        y.add_(10)
+        return before, y * 3
+
+    x = torch.randn(4)
+    gm, result = normalized(f, x)
+    assert mutations(gm) == []
+    torch.testing.assert_close(result, f(x))
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: x.add_(1),  # an input of the graph
+        lambda x: ((y := x * 2).view(-1), y.add_(1))[0],  # an alias made before is read after
+        lambda x: (x * 2)[0].mul_(3),  # a view itself
+        lambda x: (x.bfloat16() * 2).add_(x),  # the functional form would promote
+    ],
+)
+def test_what_others_can_see_stays_in_place(f: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(2, 3)
+    expected_input = x.clone()
+    want = f(expected_input)
+    given = x.clone()
+    gm, got = normalized(f, given)
+    assert mutations(gm) != []
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(given, expected_input)
+
+
+def test_dynamic_sizes_stay_symbols() -> None:
+    gm, _ = normalized(lambda x: x.reshape(-1, 4).softmax(-1), torch.randn(3, 2, 4), dynamic=True)
+    (softmax,) = [n for n in gm.graph.nodes if op(n) == "softmax"]
+    assert isinstance(softmax.meta["val"].shape[0], torch.SymInt)
+
+
+def test_placeholders_keep_what_dynamo_says_of_them() -> None:
+    model = nn.Linear(4, 4)
+    before: list[Any] = []
+
+    def backend(gm: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+        new = normalize(gm)
+        for old_node, new_node in zip(*(g.graph.find_nodes(op="placeholder") for g in (gm, new)), strict=True):
+            before.append((old_node._dynamo_source, new_node._dynamo_source, old_node.meta["grapharg"], new_node.meta["grapharg"]))
+        assert new.meta["dynamo_compile_id"] == gm.meta["dynamo_compile_id"]
+        return new.forward
+
+    torch.compile(model, backend=backend)(torch.randn(2, 4))
+    assert len(before) == 3
+    assert all(a is b and c is d for a, b, c, d in before)
+
+
+def test_what_cannot_be_retraced_is_an_error_with_a_reason() -> None:
+    gm = fx.symbolic_trace(lambda x: x + 1)
+    with pytest.raises(NormalizeError, match="no tensor input"):
+        normalize(gm)
