@@ -150,7 +150,8 @@ def _examine(selection: Selection, router: Router, weights: Weights, owner: Owne
         return Skip(name, reason, routing=proof.at is not None)
     scope = g.common_path([where, *proof.paths]) if where is not None else _parent(_weight_path(router.weight), 2)
     if proof.at is None:
-        block = owner.expert_block(router.weight, router.num_experts) if proof.leaves_graph and owner is not None else None
+        asks = owner is not None and (proof.leaves_graph or _becomes_one_hot(selection.ids, router.num_experts))
+        block = owner.expert_block(router.weight, router.num_experts) if owner is not None and asks else None
         if block is None:
             return Skip(name, f"its ids are never seen to select among {router.num_experts} experts{proof.hint}")
         scope = block
@@ -383,7 +384,9 @@ def _follow_weights(selection: Selection, weight_like: set[Node], dense_like: di
             if user in weight_like or user in rows:
                 continue
             name = op(user)
-            if name in WEIGHT_WISE and is_float(user) and same_shape(user, selection.ids):
+            if name in WEIGHT_WISE and _joins_selected(user, cut, selection):
+                cut.weights.append(Edge(node, user))  # the experts' own business: a mask of the picks of one expert
+            elif name in WEIGHT_WISE and is_float(user) and same_shape(user, selection.ids):
                 weight_like.add(user)
                 stack.append(user)
             elif node in rows and name in WEIGHT_WISE and same_shape(user, node):
@@ -400,6 +403,22 @@ def _follow_weights(selection: Selection, weight_like: set[Node], dense_like: di
                     return f"its weights are changed in place by {name}"
                 cut.weights.append(Edge(node, user))
     return ""
+
+
+def _joins_selected(user: Node, cut: Cut, selection: Selection) -> bool:
+    """Whether an input of the op comes from ids that have left the router."""
+    if len(user.all_input_nodes) < 2:
+        return False
+    leavers = {e.user for e in cut.ids}
+    stack, seen = list(user.all_input_nodes), set()
+    while stack:
+        node = stack.pop()
+        if node in leavers:
+            return True
+        if node not in seen and selection.ids < node:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return False
 
 
 def _feeds_back(reduction: Node, ids: Node) -> bool:
@@ -517,6 +536,10 @@ def prove_experts(selection: Selection, router: Router, weights: Weights) -> Pro
     """
     proof, seen = Proof(), set()
     proof.leaves_graph = _leaves_graph(selection.ids)
+    compared = _compared(selection.ids)
+    if set(compared) >= set(range(router.num_experts)):
+        proof.at = compared[0]
+        return proof
     scope = _parent(module_path(selection.node) or "", 1)
     frontier = [selection.ids]
     for _ in range(_REACH):
@@ -537,6 +560,26 @@ def prove_experts(selection: Selection, router: Router, weights: Weights) -> Pro
     if proof.at is None and proof.leaves_graph:
         proof.hint = " in this graph; where the experts run outside it, compile the whole model or use experts that trace"
     return proof
+
+
+def _compared(ids: Node) -> dict[int, Node]:
+    """What the ids are compared with, one expert after the other: ``ids == 3``."""
+    found: dict[int, Node] = {}
+    for user in ids.users:
+        if op(user) == "eq" and user.args[0] is ids and isinstance(user.args[1], int):
+            found[user.args[1]] = user
+        elif op(user) in ID_WISE and is_integer(user):
+            found |= _compared(user)
+    return found
+
+
+def _becomes_one_hot(ids: Node, num_experts: int) -> bool:
+    """Whether the ids become masks over all experts (some models add a class for picks that are off)."""
+    return any(
+        argument(u, "num_classes", 1) in (num_experts, num_experts + 1) if op(u) == "one_hot"
+        else op(u) in ID_WISE and is_integer(u) and _becomes_one_hot(u, num_experts)
+        for u in ids.users
+    )  # fmt: skip
 
 
 def _leaves_graph(ids: Node) -> bool:

@@ -166,6 +166,22 @@ class CosineRouter(Layer):
         return ids, weights
 
 
+class LoopOverExperts(Layer):
+    """Every expert on every token, one after the other, by masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(H, I), nn.SiLU(), nn.Linear(I, H)) for _ in range(E))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids, weights = self.route(x)
+        return sum(expert(x) * (weights * (ids == e)).sum(-1, keepdim=True) for e, expert in enumerate(self.experts))
+
+    def run(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        every = torch.stack([expert(x) for expert in self.experts], dim=1)  # [T, E, H]
+        return torch.einsum("tkh,tk->th", every.gather(1, ids.unsqueeze(-1).expand(-1, -1, H)), weights)
+
+
 class Capacity(Layer):
     """GShard: what overflows an expert's capacity is dropped, so an off pick must not take a place."""
 
@@ -178,7 +194,7 @@ class Capacity(Layer):
 ROUTES: dict[type[Layer], int] = {
     SoftmaxThenTopK: K, TopKThenSoftmax: K, SortThenSlice: K, GatheredBiased: K, PerExpertScale: K, DenseScatter: K,
     DenseScatterInPlace: K, InfinityScatter: K, DenseOneHot: K, ThreeDimensional: K, EveryExpertPicked: E,
-    WeightsAfterIds: K, CosineRouter: K, Capacity: K,
+    WeightsAfterIds: K, CosineRouter: K, LoopOverExperts: K, Capacity: K,
 }  # fmt: skip
 
 

@@ -1,0 +1,291 @@
+"""fused_experts on CPU and in Triton: equal to the reference, and true to properties that need no reference."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moe_fx.kernels import experts_cpu, reference
+triton_kernel = None
+from moe_fx.testing import FLOAT_DTYPES, ID_DTYPES, poisoned_allocations, random_routing, tolerance
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer and its picks, from sizes and a seed."""
+
+    num_tokens: int = 5
+    top_k: int = 3
+    num_experts: int = 6
+    hidden: int = 16
+    intermediate: int = 12
+    out: int = 16
+    seed: int = 0
+    dtype: torch.dtype = torch.float32
+    weights_dtype: torch.dtype = torch.float32
+    ids_dtype: torch.dtype = torch.int64
+    activation: str = "silu"
+    gated: str = "concatenated"
+    transposed: bool = False
+    limit: float | None = None
+    bias: bool = False
+    off: float = 0.0
+    beyond: float = 0.0
+    duplicates: bool = False
+    contiguous: bool = True
+
+    def random(self, *shape: int, salt: int, scale: float = 1.0) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 10 + salt)
+        return (torch.randn(shape, generator=generator) * scale).to(self.dtype)
+
+    def strided(self, tensor: Tensor) -> Tensor:
+        """The same values, with other strides where the case is not contiguous."""
+        return tensor if self.contiguous else tensor.mT.contiguous().mT
+
+    def picks(self) -> tuple[Tensor, Tensor]:
+        weights, ids = random_routing(
+            self.num_tokens, self.top_k, self.num_experts, self.seed, dtype=self.weights_dtype,
+            ids_dtype=self.ids_dtype, off=self.off, beyond=self.beyond, duplicates=self.duplicates,
+        )  # fmt: skip
+        is_expert = (ids >= 0) & (ids < self.num_experts)
+        return weights.masked_fill(~is_expert, math.nan), ids
+
+    def tensors(self) -> list[Any]:
+        """The first seven arguments.  Experts that nobody picked are NaN, and so are the weights of picks that are off."""
+        gate_up = self.intermediate * (1 if self.gated == "none" else 2)
+        w_gate_up = self.random(self.num_experts, gate_up, self.hidden, salt=1, scale=self.hidden**-0.5)
+        w_down = self.random(self.num_experts, self.out, self.intermediate, salt=2, scale=self.intermediate**-0.5)
+        b_gate_up = self.random(self.num_experts, gate_up, salt=3)
+        b_down = self.random(self.num_experts, self.out, salt=4)
+        weights, ids = self.picks()
+        for expert in set(range(self.num_experts)) - set(ids.flatten().tolist()):
+            for parameter in (w_gate_up, w_down, b_gate_up, b_down):
+                parameter[expert] = math.nan
+        if self.transposed:
+            w_gate_up, w_down = w_gate_up.mT.contiguous(), w_down.mT.contiguous()
+        tensors = [self.random(self.num_tokens, self.hidden, salt=5), w_gate_up, w_down, weights, ids]
+        biases = [b_gate_up, b_down] if self.bias else [None, None]
+        return [*map(self.strided, tensors), *biases]
+
+    def settings(self) -> tuple[Any, ...]:
+        return self.activation, self.gated, self.transposed, 1.702, self.limit
+
+
+def by_hand(case: Case) -> Tensor:
+    """Pick by pick, in float64, with nothing in common with the implementations."""
+    hidden, w_gate_up, w_down, weights, ids, b_gate_up, b_down = case.tensors()
+    if case.transposed:
+        w_gate_up, w_down = w_gate_up.mT, w_down.mT
+    out = torch.zeros(case.num_tokens, case.out, dtype=torch.float64)
+    for t in range(case.num_tokens):
+        for k in range(case.top_k):
+            e = int(ids[t, k])
+            if not 0 <= e < case.num_experts:
+                continue
+            gate_up = w_gate_up[e].double() @ hidden[t].double()
+            gate_up = gate_up + b_gate_up[e].double() if case.bias else gate_up
+            down = w_down[e].double() @ between(gate_up, case)
+            down = down + b_down[e].double() if case.bias else down
+            out[t] += float(weights[t, k]) * down
+    return out
+
+
+def between(gate_up: Tensor, case: Case) -> Tensor:
+    act = {
+        "silu": lambda x: x / (1 + (-x).exp()),
+        "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / math.sqrt(2))),
+        "gelu_tanh": lambda x: x * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+        "relu": lambda x: torch.where(x > 0, x, 0.0),
+        "relu2": lambda x: torch.where(x > 0, x * x, 0.0),
+        "swiglu_clamped": lambda x: x / (1 + (-1.702 * x).exp()),
+    }[case.activation]
+    if case.gated == "none":
+        return act(gate_up)
+    half = len(gate_up) // 2
+    gate, up = (gate_up[:half], gate_up[half:]) if case.gated == "concatenated" else (gate_up[0::2], gate_up[1::2])
+    if case.limit is not None:
+        gate = torch.where(gate > case.limit, case.limit, gate)
+        up = torch.where(up > case.limit, case.limit, torch.where(up < -case.limit, -case.limit, up))
+    return act(gate) * (up + 1 if case.activation == "swiglu_clamped" else up)
+
+
+def on_cpu(tensors: list[Any], case_settings: tuple[Any, ...]) -> Tensor:
+    with poisoned_allocations():
+        return experts_cpu.fused_experts(*tensors, *case_settings)
+
+
+def by_triton(tensors: list[Any], case_settings: tuple[Any, ...]) -> Tensor:
+    """The Triton launcher with all tensors on its device and every allocation poisoned."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with poisoned_allocations():
+        moved = [value if value is None else value.to(device) for value in tensors]
+        return triton_kernel.fused_experts(*moved, *case_settings).cpu()
+
+
+def by_reference(tensors: list[Any], case_settings: tuple[Any, ...]) -> Tensor:
+    return reference.fused_experts(*tensors, *case_settings)
+
+
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", [on_cpu, by_triton])
+ALL = pytest.mark.parametrize("implementation", [by_reference, on_cpu, by_triton])
+LAYOUTS = [
+    *((activation, gated) for activation in reference.ACTIVATIONS for gated in reference.GATED[:2]),
+    *((activation, "none") for activation in reference.ACTIVATIONS if activation != "swiglu_clamped"),
+]
+
+
+def draw_case(data: st.DataObject, tokens: list[int]) -> Case:
+    activation, gated = data.draw(st.sampled_from(LAYOUTS))
+    num_experts = data.draw(st.sampled_from([1, 5, 9]))
+    return Case(
+        num_tokens=data.draw(st.sampled_from(tokens)),
+        top_k=data.draw(st.sampled_from(sorted({1, min(3, num_experts), num_experts}))),
+        num_experts=num_experts,
+        hidden=data.draw(st.sampled_from([8, 17])),
+        intermediate=data.draw(st.sampled_from([4, 11])),
+        out=data.draw(st.sampled_from([8, 19])),
+        seed=data.draw(st.integers(0, 10**6)),
+        dtype=data.draw(st.sampled_from(FLOAT_DTYPES)),
+        weights_dtype=data.draw(st.sampled_from(FLOAT_DTYPES)),
+        ids_dtype=data.draw(st.sampled_from(ID_DTYPES)),
+        activation=activation,
+        gated=gated,
+        transposed=data.draw(st.booleans()),
+        limit=None if gated == "none" else data.draw(st.sampled_from([None, 0.5])),
+        bias=data.draw(st.booleans()),
+        off=data.draw(st.sampled_from([0.0, 0.4, 1.0])),
+        beyond=data.draw(st.sampled_from([0.0, 0.2])),
+        duplicates=data.draw(st.booleans()),
+        contiguous=data.draw(st.booleans()),
+    )
+
+
+def check(implementation: Any, case: Case) -> None:
+    tensors = case.tensors()
+    before = [value if value is None else value.clone() for value in tensors]
+    result, expected = implementation(tensors, case.settings()), by_reference(tensors, case.settings())
+    assert result.dtype == case.dtype
+    assert result.shape == (case.num_tokens, case.out)
+    assert result.is_contiguous()
+    torch.testing.assert_close(result, expected, **tolerance(case.dtype))
+    for value, was in zip(tensors, before, strict=True):
+        assert value is None or torch.equal(value.nan_to_num(), was.nan_to_num())
+
+
+@given(data=st.data())
+@settings(max_examples=150)
+def test_on_cpu_equals_the_reference(data):
+    check(on_cpu, draw_case(data, [0, 1, 2, 5, 17]))
+
+
+@given(data=st.data())
+@settings(max_examples=25)
+def test_by_triton_equals_the_reference(data):
+    check(by_triton, draw_case(data, [0, 1, 5]))
+
+
+@ALL
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("limit", [None, 0.7])
+@pytest.mark.parametrize(("activation", "gated"), LAYOUTS)
+def test_equals_a_loop_by_hand(implementation, activation, gated, limit, transposed):
+    if gated == "none" and limit is not None:
+        pytest.skip("limit acts on a gate")
+    case = Case(
+        num_tokens=3, num_experts=4, top_k=2, activation=activation, gated=gated, limit=limit, transposed=transposed,
+        bias=True, off=0.2, duplicates=True, seed=3,
+    )  # fmt: skip
+    result = implementation(case.tensors(), case.settings())
+    torch.testing.assert_close(result.double(), by_hand(case), **tolerance(torch.float32))
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("num_tokens", [1, 3, 40])
+def test_equals_the_reference_at_larger_sizes(implementation, num_tokens, dtype):
+    """More rows per expert than one tile has, and sizes that fill whole tiles and slices."""
+    if implementation is by_triton and num_tokens == 3:
+        pytest.skip("the interpreter is slow, and 1 and 40 tokens are other tiles")
+    check(
+        implementation,
+        Case(num_tokens, top_k=4, num_experts=8, hidden=72, intermediate=64, out=72, dtype=dtype, off=0.2, bias=True),
+    )
+
+
+@ALL
+@pytest.mark.parametrize("num_tokens", [0, 1, 6])
+def test_all_picks_off_is_zero(implementation, num_tokens):
+    """Every weight is NaN here, as nobody picked any expert."""
+    case = Case(num_tokens, off=1.0, bias=True)
+    assert torch.equal(implementation(case.tensors(), case.settings()), torch.zeros(num_tokens, 16))
+
+
+@ALL
+def test_two_picks_of_one_expert_are_one(implementation):
+    case = Case(num_tokens=2, top_k=3, bias=True)
+    hidden, w_gate_up, w_down, _, _, *biases = replace(case, num_tokens=6, top_k=6).tensors()
+    hidden = hidden[:2]
+    apart = torch.tensor([[0.5, 0.25, 0.125], [1.0, 2.0, 4.0]]), torch.tensor([[3, 1, 3], [2, 2, 2]])
+    merged = torch.tensor([[0.625, 0.25], [7.0, math.nan]]), torch.tensor([[3, 1], [2, -1]])
+    results = [
+        implementation([hidden, w_gate_up, w_down, *picks, *biases], case.settings()) for picks in (apart, merged)
+    ]
+    torch.testing.assert_close(*results, **tolerance(torch.float32))
+
+
+@IMPLEMENTATIONS
+def test_a_token_with_infinite_values_leaves_the_others_alone(implementation):
+    case = Case(num_tokens=6)
+    tensors = case.tensors()
+    expected = implementation(tensors, case.settings())
+    tensors[0][2] = math.inf
+    result = implementation(tensors, case.settings())
+    others = torch.arange(6) != 2
+    assert torch.equal(result[others], expected[others])
+    assert result[2].isnan().any()
+
+
+@IMPLEMENTATIONS
+def test_permuting_tokens_permutes_the_result(implementation):
+    case = Case(num_tokens=9, off=0.3)
+    hidden, w_gate_up, w_down, weights, ids, *biases = case.tensors()
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    expected = implementation([hidden, w_gate_up, w_down, weights, ids, *biases], case.settings())
+    permuted = [hidden[order], w_gate_up, w_down, weights[order], ids[order], *biases]
+    torch.testing.assert_close(implementation(permuted, case.settings()), expected[order], **tolerance(torch.float32))
+
+
+@IMPLEMENTATIONS
+def test_the_same_call_gives_the_same_bits(implementation):
+    case = Case(num_tokens=17, top_k=6, dtype=torch.bfloat16, duplicates=True)
+    first, second = (implementation(case.tensors(), case.settings()) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_float64_on_cpu():
+    check(on_cpu, Case(num_tokens=7, dtype=torch.float64, weights_dtype=torch.float64, bias=True))
+
+
+def test_onednn_is_switched_on_again(monkeypatch):
+    case = Case(num_tokens=1, dtype=torch.bfloat16)
+    expected = on_cpu(case.tensors(), case.settings())
+    assert torch._C._get_mkldnn_enabled()
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="on purpose"):
+        patch.setattr(torch, "mv", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("on purpose")))
+        on_cpu(case.tensors(), case.settings())
+    assert torch._C._get_mkldnn_enabled()
+    assert torch.equal(on_cpu(case.tensors(), case.settings()), expected)
+
+
+def test_the_reference_serves_where_torch_has_no_numpy(monkeypatch):
+    case = Case()
+    expected = by_reference(case.tensors(), case.settings())
+    monkeypatch.setattr(experts_cpu, "np", None)
+    assert torch.equal(on_cpu(case.tensors(), case.settings()), expected)
