@@ -153,3 +153,91 @@ def frobenius_similarity(distances: Tensor) -> Tensor:
     largest = distances.max()
     similarity = 1 - distances / torch.where(largest > 0, largest, 1)
     return similarity.fill_diagonal_(1).float()
+
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_clamped")
+GATED = ("concatenated", "interleaved", "none")
+
+
+def _activate(x: Tensor, activation: str) -> Tensor:
+    functional = torch.nn.functional
+    if activation == "silu":
+        return functional.silu(x)
+    if activation.startswith("gelu"):
+        return functional.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return x.relu().square() if activation == "relu2" else x.relu()
+
+
+def activate_gate_up(
+    gate_up: Tensor, activation: str = "silu", gated: str = "concatenated", alpha: float = 1.702, limit: float | None = None
+) -> Tensor:
+    """What stands between the two projections of an expert: [R, G] -> [R, I], in one dtype.  See ``fused_experts``."""
+    if gated == "none":
+        return _activate(gate_up, activation)
+    gate, up = gate_up.chunk(2, dim=-1) if gated == "concatenated" else (gate_up[..., ::2], gate_up[..., 1::2])
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    if activation == "swiglu_clamped":
+        return (up + 1) * (gate * (gate * alpha).sigmoid())
+    return _activate(gate, activation) * up
+
+
+def fused_experts(
+    hidden: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    b_gate_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "silu",
+    gated: str = "concatenated",
+    transposed: bool = False,
+    alpha: float = 1.702,
+    limit: float | None = None,
+) -> Tensor:
+    """All experts of a layer: for each token the weighted sum of its picks' outputs.
+
+        out[t] = sum over k with 0 <= topk_ids[t, k] < E of topk_weights[t, k] * expert(topk_ids[t, k])(hidden[t])
+        expert(e)(x) = act(x @ w_gate_up[e] + b_gate_up[e]) @ w_down[e] + b_down[e]
+
+    A pick whose id is outside [0, E) is off: it adds nothing, even if its weight is NaN.  Two picks of one token on one
+    expert are one pick with the sum of their weights.  An expert that nobody picked is not read.
+
+    Each projection, the activation and the experts' outputs are rounded to the dtype of ``hidden``, as models round
+    them; the weighted sum is accumulated in float32 (float64 for float64) and rounded once.  An implementation may round
+    less often, but the activation's result is always in the dtype of ``hidden``.
+
+    Args:
+        hidden: [T, H], floating point.
+        w_gate_up: [E, G, H], or [E, H, G] where ``transposed``; dtype of ``hidden``, as are all that follow but the picks.
+            G is 2 I with a gate and I without.
+        w_down: [E, H_out, I], or [E, I, H_out] where ``transposed``.
+        topk_weights: [T, K], floating point.
+        topk_ids: [T, K], int32 or int64.
+        b_gate_up: [E, G].
+        b_down: [E, H_out].
+        activation: ``silu``, ``gelu`` (erf), ``gelu_tanh``, ``relu``, ``relu2`` (ReLU squared), each act(gate) * up where
+            there is a gate; or ``swiglu_clamped``, (up + 1) * gate * sigmoid(alpha * gate), which needs one.
+        gated: ``concatenated`` (first half gate, second half up), ``interleaved`` (even columns gate, odd up) or ``none``.
+        transposed: the layout of the weights.
+        alpha: for ``swiglu_clamped`` only.
+        limit: before the activation the gate is clamped to at most this, and up to [-limit, limit].
+
+    Returns:
+        [T, H_out] in the dtype of ``hidden``.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    num_out = w_down.shape[2 if transposed else 1]
+    out = torch.zeros(hidden.shape[0], num_out, dtype=wide, device=hidden.device)
+    gate_ups, downs = ((w.mT if transposed else w).unbind(0) for w in (w_gate_up, w_down))
+    is_expert = (topk_ids >= 0) & (topk_ids < len(downs))  # [T, K]
+    for e in topk_ids[is_expert].unique().tolist():
+        picks = topk_ids == e  # [T, K]
+        tokens = picks.any(dim=1).nonzero()[:, 0]
+        weights = torch.where(picks, topk_weights.to(wide), 0).sum(dim=1)[tokens]
+        gate_up = torch.nn.functional.linear(hidden[tokens], gate_ups[e], None if b_gate_up is None else b_gate_up[e])
+        intermediate = activate_gate_up(gate_up, activation, gated, alpha, limit)
+        output = torch.nn.functional.linear(intermediate, downs[e], None if b_down is None else b_down[e])
+        out = out.index_add(0, tokens, output.to(wide) * weights[:, None])
+    return out.to(hidden.dtype)

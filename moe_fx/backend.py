@@ -28,6 +28,7 @@ OPTIONS = {
     "inner_options": "a dict, handed to the inner compiler as its options",
     "mode": "torch.compile's mode for the Inductor inner compiler (torch.compile takes its own mode only without options)",
     "strict": "True or False: whether a real router that cannot be rewritten is an error",
+    "fuse_experts": "True or False: whether experts that are recognised run as one op (default: on CPU only)",
     "stats": "True or False: whether to count active experts while the model runs (read them with moe_fx.stats())",
 }
 
@@ -66,10 +67,11 @@ def _parse(options: Mapping[str, Any], mode: str | None) -> tuple[Settings, Call
             near = difflib.get_close_matches(str(key), OPTIONS, n=1)
             hint = f" (did you mean '{near[0]}'?)" if near else ""
             raise OptionError(f"unknown option '{key}' for backend moe_sparse{hint}: known are {', '.join(OPTIONS)}")
-    for key in ("strict", "stats"):
-        if not isinstance(options.get(key, False), bool):
+    for key in ("strict", "stats", "fuse_experts"):
+        if key in options and not isinstance(options[key], bool):
             raise OptionError(f"option '{key}' is {options[key]!r}, expected {OPTIONS[key]}")
-    settings = Settings(_policies(options.get("policy")), options.get("strict", False), options.get("stats", False))
+    flags = {"strict": options.get("strict", False), "stats": options.get("stats", False)}
+    settings = Settings(_policies(options.get("policy")), **flags, fuse=options.get("fuse_experts"))
     inner = _inner_compiler(options.get("inner", "inductor"), options.get("inner_options"), options.get("mode", mode))
     return settings, inner
 

@@ -210,9 +210,10 @@ def _save_for_fused_experts(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -
 
 def _fused_experts_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """By an op of its own: the compiler must not trace a loop over the active experts."""
-    needs = [ctx.needs_input_grad[position] for position in _LEARNED]
+    given = ctx.needs_input_grad  # shorter than the signature where the last arguments were left out
+    needs = [position < len(given) and given[position] for position in _LEARNED]
     found = iter(torch.ops.moe_fx.fused_experts_backward(grad, *ctx.saved_tensors, *ctx.settings, needs))
-    return tuple(next(found) if ctx.needs_input_grad[p] else None for p in range(7)) + (None,) * len(ctx.settings)
+    return tuple(next(found) if needed else None for needed in given)
 
 
 def _fused_experts_backward(grad: Tensor, *args: Any) -> list[Tensor]:
@@ -227,8 +228,7 @@ def _fused_experts_backward(grad: Tensor, *args: Any) -> list[Tensor]:
         wanted = [inputs[position] for position in learned]
         if not output.requires_grad:  # every pick is off
             return [torch.zeros_like(value) for value in wanted]
-        found = torch.autograd.grad(output, wanted, grad, materialize_grads=True)
-    return [value.clone() if value is grad else value for value in found]
+        return list(torch.autograd.grad(output, wanted, grad, materialize_grads=True))
 
 
 def _fake_fused_experts_backward(grad: Tensor, *args: Any) -> list[Tensor]:

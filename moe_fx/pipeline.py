@@ -8,14 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import torch
 from torch import fx
 
 from moe_fx.owner import ModuleOwner
 from moe_fx.passes.bind import Binder
 from moe_fx.passes.check import check
 from moe_fx.passes.find_sites import Routing, find_sites
-from moe_fx.passes.graph import qualified_op
+from moe_fx.passes.fuse_experts import Experts, recognise
+from moe_fx.passes.graph import fake, qualified_op, value
 from moe_fx.passes.normalize import NormalizeError, normalize
+from moe_fx.passes.region import find_region
 from moe_fx.passes.reroute import reroute
 from moe_fx.policy import BEAM, Policy, TopK
 from moe_fx.report import Report
@@ -34,20 +37,28 @@ class Settings:
         policies: applied at every site, in order.
         strict: whether a real router that cannot be rewritten is an error.
         stats: whether active experts are counted while the model runs.
+        fuse: whether a recognised experts region becomes one op, which does no work for a pick that is off.  None: on
+            devices where that was measured to be faster, which is the CPU so far.
     """
 
     policies: tuple[Policy, ...] = (TopK(),)
     strict: bool = False
     stats: bool = False
+    fuse: bool | None = None
 
     @property
-    def rewrites(self) -> bool:
-        """Whether anything at all is to be put into graphs."""
+    def changes_picks(self) -> bool:
+        """Whether the routing decision has to be taken off the cut even where the experts stay as they are."""
         return self.stats or any(not isinstance(p, TopK) for p in self.policies)
+
+    @property
+    def switches_off(self) -> bool:
+        """Whether a policy can leave picks that are off."""
+        return any(isinstance(p, BEAM) for p in self.policies)
 
 
 def run(gm: fx.GraphModule, settings: Settings, report: Report) -> fx.GraphModule:
-    """Dynamo graph -> normalize -> find_sites -> reroute -> check.  Records what it did in ``report``.
+    """Dynamo graph -> normalize -> find_sites -> fuse_experts -> reroute -> check.  Records what it did in ``report``.
 
     Returns the rewritten graph, or ``gm`` itself where nothing was rewritten.
 
@@ -68,38 +79,60 @@ def run(gm: fx.GraphModule, settings: Settings, report: Report) -> fx.GraphModul
     with _timed(report, "find"):
         routings, skips = find_sites(new, owner)
         layers = {r: owner.layers(r.router.weight, r.site) for r in routings}
-    if not settings.rewrites:
-        report.add([s for r in routings for s in _sites(r, layers[r], settings, "untouched")], skips)
-        _be_strict(settings, skips)
-        return _untouched(gm, report, [], before)
+    with _timed(report, "fuse"):
+        experts = {r: found for r in routings if (found := _recognise(new, r, settings)) is not None}
+        skips += [Skip(r.site.name, f"{e}, so they stay as they are") for r, e in experts.items() if isinstance(e, str)]
     with _timed(report, "rewrite"):
         binder = Binder(new, lambda r: layers[r], owner.roots)
-        rewritten, refused = _reroute_all(new, routings, settings, binder)
-    with _timed(report, "check"):
-        if rewritten:
-            check(new, rewritten)
-            new.recompile()
-    _be_strict(settings, [*skips, *refused])
-    experts = "folded" if any(isinstance(p, BEAM) for p in settings.policies) else "untouched"
-    report.add([s for r in rewritten for s in _sites(r, layers[r], settings, experts)], [*skips, *refused])
+        done: dict[Routing, str] = {}
+        for routing in routings:
+            outcome = _rewrite(new, routing, experts.get(routing), settings, binder)
+            if isinstance(outcome, Skip):
+                skips.append(outcome)
+            else:
+                done[routing] = outcome
+    _be_strict(settings, skips)
+    report.add([s for r in done for s in _sites(r, layers[r], settings, done[r])], skips)
+    rewritten = [r for r in done if settings.changes_picks or done[r] == "fused"]
     if not rewritten:
         return _untouched(gm, report, [], before)
+    with _timed(report, "check"):
+        check(new, rewritten)
+        new.recompile()
     report.ops_before += before
     report.ops_after += _ops(new)
     return new
 
 
-def _reroute_all(
-    gm: fx.GraphModule, routings: list[Routing], settings: Settings, binder: Binder
-) -> tuple[list[Routing], list[Skip]]:
-    rewritten, refused = [], []
-    for routing in routings:
-        reason = reroute(gm, routing, settings.policies, binder, stats=settings.stats)
-        if reason is None:
-            rewritten.append(routing)
-        else:
-            refused.append(Skip(routing.site.name, reason, routing=True))
-    return rewritten, refused
+def _recognise(gm: fx.GraphModule, routing: Routing, settings: Settings) -> Experts | str | None:
+    """What a site's experts compute, why that could not be told, or None where they are not to be fused at all."""
+    wanted = settings.fuse if settings.fuse is not None else fake(routing.selection.ids).device.type == "cpu"
+    if not wanted or _needs_gradients(gm, settings) or routing.cut.dense:
+        return None
+    region = find_region(routing)
+    return recognise(routing, region) if region is not None else None
+
+
+def _needs_gradients(gm: fx.GraphModule, settings: Settings) -> bool:
+    """Whether the graph will be differentiated.  It then keeps the experts' own backward, which is faster than ours."""
+    if any(isinstance(p, BEAM) and p.train for p in settings.policies):
+        return True
+    return torch.is_grad_enabled() and any(
+        isinstance(v := p.meta.get("example_value"), torch.Tensor) and v.requires_grad for p in gm.graph.find_nodes(op="placeholder")
+    )
+
+
+def _rewrite(
+    gm: fx.GraphModule, routing: Routing, experts: Experts | str | None, settings: Settings, binder: Binder
+) -> str | Skip:
+    """Rewrite one site: what became of its experts, or a skip."""
+    known = experts if isinstance(experts, Experts) else None
+    if known is None and not settings.changes_picks:
+        return "untouched"
+    reason = reroute(gm, routing, settings.policies, binder, experts=known, stats=settings.stats)
+    if reason is not None:
+        return Skip(routing.site.name, reason, routing=True)
+    return "fused" if known is not None else "folded" if settings.switches_off else "untouched"
 
 
 def _selects(gm: fx.GraphModule) -> bool:

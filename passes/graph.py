@@ -85,11 +85,16 @@ def size(node: object, dim: int) -> int | None:
     dims = shape(node)
     if dims is None or not -len(dims) <= dim < len(dims):
         return None
-    return dims[dim] if isinstance(dims[dim], int) else None
+    number = expression(dims[dim])
+    return number if isinstance(number, int) else None
 
 
 def expression(dim: object) -> object:
-    return dim.node.expr if isinstance(dim, torch.SymInt) else dim
+    """What a size is in terms of symbols: an int where it is known, even if it travels as a symbol.  Adds no guard."""
+    if not isinstance(dim, torch.SymInt):
+        return dim
+    known = dim.node.maybe_as_int()
+    return dim.node.expr if known is None else known
 
 
 def same_shape(a: object, b: object) -> bool:

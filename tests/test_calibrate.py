@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import layers
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 
+import layers
 import moe_fx
+import tiny
 from moe_fx.calibrate import CalibrationError
 
 

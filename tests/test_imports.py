@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
 EXTERNAL = {
     "torch": {"*"},
     "triton": {"kernels/*", "testing"},
-    "numpy": {"kernels/cpu", "testing"},
+    "numpy": {"kernels/cpu", "kernels/experts_cpu", "testing"},
     "safetensors": {"artifacts"},
     "rich": {"report", "cli", "calibrate", "beam"},
     "matplotlib": {"report", "cli"},

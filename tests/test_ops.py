@@ -19,11 +19,30 @@ from moe_fx.testing import random_routing, random_similarity, random_valid_token
 OPS = torch.ops.moe_fx
 
 
+def experts_inputs(num_tokens: int, ids_dtype: torch.dtype = torch.int64, dtype: torch.dtype = torch.float32):
+    """The seven tensors of fused_experts, for nine experts."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = (num_tokens, 8), (9, 12, 8), (9, 10, 6), (9, 12), (9, 10)
+    hidden, *parameters = (torch.randn(shape, generator=generator).mul(0.5).to(dtype) for shape in shapes)
+    picks = random_routing(num_tokens, 4, 9, off=0.3, dtype=dtype, ids_dtype=ids_dtype)
+    return (hidden, *parameters[:2], *picks, *parameters[2:])
+
+
+def transposed(inputs):
+    """The same experts in the other layout."""
+    return (inputs[0], *(weight.mT.contiguous() for weight in inputs[1:3]), *inputs[3:])
+
+
 def samples(num_tokens: int = 5, ids_dtype: torch.dtype = torch.int64) -> dict[str, tuple[object, ...]]:
     weights, ids = random_routing(num_tokens, 4, 9, off=0.3, ids_dtype=ids_dtype)
     similarity = random_similarity(9)
     logits = torch.randn(num_tokens, 9, generator=torch.Generator().manual_seed(0))
+    experts = experts_inputs(num_tokens, ids_dtype)
     return {
+        "fused_experts": experts[:5],
+        "fused_experts.grad": tuple(t.clone().requires_grad_(t.is_floating_point()) for t in experts),
+        "fused_experts.settings": (*transposed(experts), "gelu", "interleaved", True, 1.0, 0.5),
+        "fused_experts.one grad": (experts[0], experts[1].clone().requires_grad_(), *experts[2:5], None, experts[6]),
         "sere_reroute": (ids, similarity, 2, 0.1),
         "sere_reroute.mask": (ids, similarity, 1, 0.0, random_valid_tokens(num_tokens, "mask"), 100),
         "sere_reroute.count": (ids, similarity, 1, 0.0, random_valid_tokens(num_tokens, "count"), None),
@@ -39,6 +58,11 @@ def samples(num_tokens: int = 5, ids_dtype: torch.dtype = torch.int64) -> dict[s
 
 def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
+
+
+def equal(op: str, got: Tensor, want: Tensor) -> bool:
+    """To the bit, but for the one op that adds products."""
+    return torch.allclose(got, want, **tolerance(want.dtype)) if op == "fused_experts" else torch.equal(got, want)
 
 
 @pytest.mark.parametrize("name", samples())
@@ -58,7 +82,7 @@ def test_ops_equal_the_reference(name, ids_dtype):
             result = as_tuple(getattr(OPS, op)(*args))
         for got, want in zip(result, expected, strict=True):
             assert got.dtype == want.dtype
-            assert torch.equal(got, want)
+            assert equal(op, got, want)
             assert not any(got is arg or got.data_ptr() == arg.data_ptr() for arg in args if isinstance(arg, Tensor))
 
 
@@ -70,10 +94,10 @@ def test_ops_on_cuda_equal_the_reference(name):
     on_cuda = [arg.cuda() if isinstance(arg, Tensor) else arg for arg in args]
     result = as_tuple(getattr(OPS, op)(*on_cuda))
     for got, want in zip(result, as_tuple(getattr(reference, op)(*args)), strict=True):
-        assert torch.equal(got.cpu(), want)
+        assert equal(op, got.cpu(), want)
 
 
-@pytest.mark.parametrize("name", ["sere_reroute.mask", "beam_mask", "fold_masked"])
+@pytest.mark.parametrize("name", ["sere_reroute.mask", "beam_mask", "fold_masked", "fused_experts"])
 def test_the_cuda_implementation_calls_the_triton_launcher(name, device, monkeypatch):
     if device == "cpu":  # the interpreter: there is no device to switch to
         monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
@@ -82,7 +106,7 @@ def test_the_cuda_implementation_calls_the_triton_launcher(name, device, monkeyp
     moved = [arg.to(device) if isinstance(arg, Tensor) else arg for arg in args]
     result = as_tuple(ops._triton(op)(*moved))
     for got, want in zip(result, as_tuple(getattr(reference, op)(*args)), strict=True):
-        assert torch.equal(got.cpu(), want)
+        assert equal(op, got.cpu(), want)
     elsewhere = [arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args[1:]]
     with pytest.raises(ValueError, match=f"{op}: a tensor is on meta, another on {device}"):
         ops._triton(op)(moved[0], *elsewhere)
@@ -130,6 +154,60 @@ def test_compiled_equals_eager(backend, dynamic, mode):
             gradients = [torch.autograd.grad(weights.square().sum(), learned) for weights in (expected[0], result[0])]
             for want, got in zip(*gradients, strict=True):
                 torch.testing.assert_close(got, want, **tolerance(torch.float32))
+
+
+def experts_layer(hidden, router, w_gate_up, w_down, b_gate_up, b_down):
+    weights, ids = torch.topk((hidden @ router).softmax(-1), 4)
+    ids = ids.masked_fill(weights < 0.15, -1)
+    return OPS.fused_experts(hidden * 2, w_gate_up, w_down, weights, ids, b_gate_up, b_down, "gelu").sin()
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_compiled_experts_equal_eager(backend, dynamic, train):
+    torch._dynamo.reset()
+    compiled = torch.compile(experts_layer, backend=backend, dynamic=dynamic, fullgraph=True)
+    for num_tokens in (6, 1, 0) if dynamic else (6,):
+        hidden, w_gate_up, w_down, _, _, b_gate_up, b_down = experts_inputs(num_tokens)
+        router = torch.randn(8, 9, generator=torch.Generator().manual_seed(0))
+        inputs = [hidden, router, w_gate_up, w_down, b_gate_up, b_down]
+        for value in inputs:
+            value.requires_grad_(train)
+        expected, result = experts_layer(*inputs), compiled(*inputs)
+        torch.testing.assert_close(result, expected, **tolerance(torch.float32))
+        if train:
+            gradients = [torch.autograd.grad(out.square().sum(), inputs) for out in (expected, result)]
+            for want, got in zip(*gradients, strict=True):
+                torch.testing.assert_close(got, want, **tolerance(torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("args", [(), ("swiglu_clamped", "interleaved", False, 1.702, 0.5), ("relu2", "none")])
+def test_fused_experts_trains_as_the_reference(args, dtype):
+    inputs = list(experts_inputs(7, dtype=dtype))
+    if args[1:] == ("none",):
+        inputs[1], inputs[5] = inputs[1][:, :6], inputs[5][:, :6]
+    inputs = [value.clone().requires_grad_(value.is_floating_point()) for value in inputs]
+    learned = [value for value in inputs if value.requires_grad]
+    outs = OPS.fused_experts(*inputs, *args), reference.fused_experts(*inputs, *args)
+    upstream = torch.randn(outs[0].shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    for got, want in zip(*(torch.autograd.grad(out, learned, upstream) for out in outs), strict=True):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, **tolerance(dtype))
+
+
+def test_fused_experts_gradients_are_right():
+    inputs = experts_inputs(3, dtype=torch.float64)
+    inputs = [value.clone().requires_grad_(value.is_floating_point()) for value in inputs]
+    assert torch.autograd.gradcheck(OPS.fused_experts, inputs)
+
+
+def test_fused_experts_gradients_where_all_picks_are_off():
+    inputs = experts_inputs(3)
+    hidden, off = inputs[0].clone().requires_grad_(), torch.full_like(inputs[4], -1)
+    OPS.fused_experts(hidden, *inputs[1:4], off).sum().backward()
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
 
 
 class StraightThrough(torch.autograd.Function):
@@ -201,6 +279,8 @@ def test_fold_masked_passes_gradients_where_picks_are_on():
 
 IDS, WEIGHTS = torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 2)
 SQUARE, LOGITS = torch.zeros(4, 4), torch.zeros(3, 4)
+HIDDEN, GATE_UP, DOWN = torch.zeros(3, 8), torch.zeros(4, 12, 8), torch.zeros(4, 8, 6)
+EXPERTS = (HIDDEN, GATE_UP, DOWN, WEIGHTS, IDS)
 BAD_CALLS = {
     "ids of floats": (OPS.sere_reroute, (WEIGHTS, SQUARE, 1, 0.0), TypeError, "int32 or int64.*float32"),
     "ids of one dimension": (OPS.sere_reroute, (IDS[0], SQUARE, 1, 0.0), ValueError, r"\[tokens, picks\].*\[2\]"),
@@ -216,6 +296,18 @@ BAD_CALLS = {
     "logits of ints": (OPS.beam_mask, (WEIGHTS, IDS, LOGITS.long(), 0.5), TypeError, "mask_logits"),
     "tau of 0": (OPS.beam_mask, (WEIGHTS, IDS, LOGITS, 0.0), ValueError, "tau.*is 0.0"),
     "tau of 1": (OPS.beam_mask, (WEIGHTS, IDS, LOGITS, 1.0), ValueError, "tau"),
+    "unknown activation": (OPS.fused_experts, (*EXPERTS, None, None, "tanh"), ValueError, "silu, gelu.*'tanh'"),
+    "unknown layout": (OPS.fused_experts, (*EXPERTS, None, None, "silu", "odd"), ValueError, "interleaved.*'odd'"),
+    "clamp without a gate": (OPS.fused_experts, (*EXPERTS, None, None, "swiglu_clamped", "none"), ValueError, "gate"),
+    "experts of another dtype": (OPS.fused_experts, (HIDDEN, GATE_UP.half(), *EXPERTS[2:]), TypeError, "w_gate_up.*float16"),
+    "hidden of ints": (OPS.fused_experts, (HIDDEN.long(), *EXPERTS[1:]), TypeError, "hidden must be floating"),
+    "hidden of three dimensions": (OPS.fused_experts, (HIDDEN[None], *EXPERTS[1:]), ValueError, "flatten the tokens"),
+    "hidden of another size": (OPS.fused_experts, (HIDDEN[:, :7], *EXPERTS[1:]), ValueError, r"\[3, 8\].*\[3, 7\]"),
+    "picks of other tokens": (OPS.fused_experts, (HIDDEN[:2], *EXPERTS[1:]), ValueError, r"topk_ids.*\[2, 2\].*\[3, 2\]"),
+    "down of another size": (OPS.fused_experts, (HIDDEN, GATE_UP, DOWN[:3], *EXPERTS[3:]), ValueError, r"\[4, 8, 6\].*\[3"),
+    "not transposed": (OPS.fused_experts, (*EXPERTS, None, None, "silu", "concatenated", True), ValueError, "hidden.*12"),
+    "odd gate and up": (OPS.fused_experts, (HIDDEN, GATE_UP[:, :11], DOWN[..., :5], *EXPERTS[3:]), ValueError, "11"),
+    "bias of another size": (OPS.fused_experts, (*EXPERTS, GATE_UP[0]), ValueError, r"b_gate_up.*\[4, 12\].*\[12, 8\]"),
     "negative number of experts": (OPS.count_active, (IDS, -1), ValueError, "num_experts.*-1"),
 }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+PROJECTIONS = ("_gate_up_kernel", "_down_kernel")
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,8 @@ def test_every_kernel_is_compiled(report):
         "_sere_reroute_kernel",
         "_beam_mask_kernel",
         "_fold_masked_kernel",
+        "_gate_up_kernel",
+        "_down_kernel",
     }
 
 
@@ -37,5 +40,13 @@ def test_no_kernel_spills(report, record_property):
         name = f"{row['kernel']} {row['shape']}"
         record_property(name, f"{row['registers']} registers, {row['spilled_bytes']} bytes spilled")
         assert row["spilled_bytes"] == 0, row
-        assert 0 < row["registers"] <= 128, row
-        assert row["shared_bytes"] <= 16 * 1024, row
+        is_projection = row["kernel"] in PROJECTIONS
+        assert 0 < row["registers"] <= (255 if is_projection else 128), row
+        assert row["shared_bytes"] <= (227 if is_projection else 16) * 1024, row
+
+
+def test_projections_of_a_large_batch_use_wgmma(report):
+    """Hopper's matrix instructions need tiles of 64 rows; a decode step's have fewer."""
+    large = [row for row in report["rows"] if row["kernel"] in PROJECTIONS and row["shape"].endswith("T=8192")]
+    assert len(large) == 4
+    assert all(row["uses_wgmma"] for row in large)

@@ -1,0 +1,459 @@
+"""All experts of a layer on a GPU: sort the picks, project up, project down, sum.  Four launches, no host sync.
+
+1. ``_sort_picks_kernel``, one program per expert, gives every token that picked the expert a *row*; picks that are off
+   get none, and several picks of one token share one row, whose weight is their sum.  Rows of one expert follow each
+   other, and every BLOCK_T of them are a *tile*: no tile has rows of two experts.  (For large batches
+   ``_count_picks_kernel`` goes before it, so that not every program counts all picks.)
+2. ``_gate_up_kernel`` multiplies a tile's tokens by slices of its expert's gate and up weights, and applies the
+   activation before anything is written.
+3. ``_down_kernel`` multiplies a tile's rows by slices of its expert's down weights.
+4. ``_sum_picks_kernel`` adds up each token's rows, always in one order, so that the result has the same bits in every
+   run; atomic additions would not give that.
+
+Grids depend on shapes only: there are programs for as many tiles as the picks could make, and those beyond the number
+that the device counted return at once.  So a captured CUDA graph is right when it is replayed with other picks.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_fx.kernels import reference
+
+MAX_PICKS_PER_PROGRAM = 4096  # picks that every program of the sort counts; at K = 8 this is a batch of 512
+COUNT_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program of a projection multiplies: columns of the result, length of one step along the sum."""
+
+    BLOCK_N: int
+    BLOCK_C: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes: rows of a tile, the two projections, tokens that the sort reads at a time, columns of the sum."""
+
+    BLOCK_T: int
+    gate_up: Tile
+    down: Tile
+    BLOCK_S: int
+    BLOCK_N: int
+    one_launch: bool
+
+
+def choose_config(
+    num_tokens: int,
+    top_k: int,
+    num_experts: int,
+    hidden: int,
+    intermediate: int,
+    dtype: torch.dtype,
+    device_name: str = "",
+) -> Config:
+    """Tiles for a shape.  No table of measurements decides yet, so ``device_name`` does not count.
+
+    Rows of a tile follow the rows that an active expert has on average.  Up to 32 the time is that of reading weights:
+    narrow slices make enough programs to keep all memory channels busy.  From 64 on it is that of multiplying.
+    """
+    picks = num_tokens * top_k
+    average = picks / max(1, min(picks, num_experts))
+    block_t = 16 if average <= 16 else 32 if average <= 32 else 64 if average <= 128 else 128
+    if dtype == torch.float32:  # twice the bytes, and no tensor cores to feed
+        block_t = min(block_t, 32)
+        gate_up, down = Tile(32, 32, num_warps=4, num_stages=3), Tile(64, 32, num_warps=4, num_stages=3)
+    elif block_t <= 32:
+        few = picks <= 32
+        gate_up = Tile(32 if few else 64, 128, num_warps=4, num_stages=4 if few else 3)
+        down = Tile(32 if few else 64, 128, num_warps=4, num_stages=4)
+    elif block_t == 64:
+        gate_up, down = Tile(64, 64, num_warps=4, num_stages=4), Tile(128, 64, num_warps=4, num_stages=4)
+    else:
+        gate_up, down = Tile(128, 64, num_warps=8, num_stages=3), Tile(256, 64, num_warps=8, num_stages=3)
+    block_k = triton.next_power_of_2(top_k)
+    block_s = max(1, min(2048 // block_k, triton.next_power_of_2(num_tokens)))
+    block_n = max(32, min(1024, 4096 // block_k))
+    return Config(block_t, gate_up, down, block_s, block_n, one_launch=picks <= MAX_PICKS_PER_PROGRAM)
+
+
+@triton.jit(do_not_specialize=["num_picks", "num_experts"])
+def _count_picks_kernel(topk_ids_ptr, counts_ptr, num_picks, num_experts, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Picks per expert [E]; two of one token count as two, which leaves room for rows that then are not there."""
+    pick = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    ids = tl.load(topk_ids_ptr + pick, mask=pick < num_picks, other=-1)  # [BLOCK_P]
+    slot = tl.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(tl.int32)
+    counts = tl.histogram(slot, BLOCK_E)  # [BLOCK_E], those that are off in slot E
+    expert = tl.arange(0, BLOCK_E)
+    tl.atomic_add(counts_ptr + expert, counts, mask=(expert < num_experts) & (counts > 0))
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_experts"])
+def _sort_picks_kernel(
+    topk_weights_ptr,  # [T, K]
+    topk_ids_ptr,  # [T, K]
+    counts_ptr,  # [E], None: count here
+    row_to_token_ptr,  # [T K]
+    row_weights_ptr,  # [T K]
+    pick_to_row_ptr,  # [T, K], -1: none
+    tile_to_expert_ptr,  # [tiles]
+    tile_to_row_ptr,  # [tiles], its first
+    tile_rows_ptr,  # [tiles], how many
+    num_tiles_ptr,  # [1]
+    num_tokens,
+    num_experts,
+    K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    expert = tl.program_id(0)
+    slot = tl.arange(0, BLOCK_E)
+    if counts_ptr is None:
+        counts = tl.zeros([BLOCK_E], tl.int32)
+        for start in range(0, num_tokens * K, BLOCK_P):
+            counted = start + tl.arange(0, BLOCK_P)
+            ids = tl.load(topk_ids_ptr + counted, mask=counted < num_tokens * K, other=-1)  # [BLOCK_P]
+            counts += tl.histogram(tl.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(tl.int32), BLOCK_E)
+    else:
+        counts = tl.load(counts_ptr + slot, mask=slot < num_experts, other=0)  # [BLOCK_E]
+    tiles = tl.cdiv(counts, BLOCK_T)
+    first_row = tl.sum(tl.where(slot < expert, counts, 0), axis=0)
+    first_tile = tl.sum(tl.where(slot < expert, tiles, 0), axis=0)
+    own_tiles = tl.sum(tl.where(slot == expert, tiles, 0), axis=0)
+
+    num_rows = tl.full([], 0, tl.int32)
+    k = tl.arange(0, BLOCK_K)[None, :]
+    for start in range(0, num_tokens, BLOCK_S):
+        token = start + tl.arange(0, BLOCK_S)  # [BLOCK_S]
+        pick = token.to(tl.int64)[:, None] * K + k  # [BLOCK_S, BLOCK_K]
+        in_range = (token[:, None] < num_tokens) & (k < K)
+        ids = tl.load(topk_ids_ptr + pick, mask=in_range, other=-1)
+        picked = in_range & (ids == expert)
+        weights = tl.load(topk_weights_ptr + pick, mask=picked, other=0.0).to(tl.float32)
+        has = tl.max(picked.to(tl.int32), axis=1)  # [BLOCK_S]
+        row = first_row + num_rows + tl.cumsum(has, axis=0) - has  # [BLOCK_S]
+        tl.store(row_to_token_ptr + row, token, mask=has > 0)
+        tl.store(row_weights_ptr + row, tl.sum(weights, axis=1), mask=has > 0)
+        first_k = tl.min(tl.where(picked, k, BLOCK_K), axis=1)  # [BLOCK_S]
+        tl.store(pick_to_row_ptr + pick, tl.where(k == first_k[:, None], row[:, None], -1), mask=picked)
+        if expert == 0:
+            tl.store(pick_to_row_ptr + pick, -1, mask=in_range & ((ids < 0) | (ids >= num_experts)))
+        num_rows += tl.sum(has, axis=0)
+
+    for start in range(0, own_tiles, 32):
+        own = start + tl.arange(0, 32)  # [32]
+        tile, is_own = first_tile + own, own < own_tiles
+        tl.store(tile_to_expert_ptr + tile, expert, mask=is_own)
+        tl.store(tile_to_row_ptr + tile, first_row + own * BLOCK_T, mask=is_own)
+        tl.store(tile_rows_ptr + tile, tl.minimum(tl.maximum(num_rows - own * BLOCK_T, 0), BLOCK_T), mask=is_own)
+    if expert == num_experts - 1:
+        tl.store(num_tiles_ptr, first_tile + own_tiles)
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr, alpha):
+    """In float32.  Comparisons are such that NaN stays NaN."""
+    if ACTIVATION == "silu":
+        return x * tl.sigmoid(x)
+    elif ACTIVATION == "swiglu_clamped":
+        return x * tl.sigmoid(x * alpha)
+    elif ACTIVATION == "gelu":
+        return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # (1 + tanh(u)) / 2 = sigmoid(2 u)
+    elif ACTIVATION == "relu2":
+        return tl.where(x < 0, 0.0, x * x)
+    else:
+        return tl.where(x < 0, 0.0, x)
+
+
+@triton.jit
+def _dot(x, w, sums, UPCAST: tl.constexpr):
+    """sums + x @ w, accumulated in float32.  UPCAST is for Triton's interpreter, which multiplies bfloat16 wrongly."""
+    if UPCAST:
+        x, w = x.to(tl.float32), w.to(tl.float32)
+    return tl.dot(x, w, sums, input_precision="ieee")
+
+
+@triton.jit
+def _gate_up_kernel(
+    hidden_ptr,  # [T, H], contiguous
+    w_ptr,  # [E, G, H]
+    bias_ptr,  # [E, G] or None
+    row_to_token_ptr,
+    tile_to_expert_ptr,
+    tile_to_row_ptr,
+    tile_rows_ptr,
+    num_tiles_ptr,
+    intermediate_ptr,  # [T K, I], contiguous
+    H,
+    I,
+    stride_we,
+    stride_wg,
+    stride_wh,
+    stride_be,
+    stride_bg,
+    alpha,
+    limit,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    UPCAST: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    num_slices = tl.cdiv(I, BLOCK_I)
+    tile = tl.program_id(0) // num_slices
+    if tile >= tl.load(num_tiles_ptr):
+        return
+    num_rows = tl.load(tile_rows_ptr + tile)
+    if num_rows == 0:
+        return
+    expert = tl.load(tile_to_expert_ptr + tile).to(tl.int64)
+    in_tile = tl.arange(0, BLOCK_T)
+    is_row = in_tile < num_rows  # [BLOCK_T]
+    row = tl.load(tile_to_row_ptr + tile).to(tl.int64) + in_tile
+    token = tl.load(row_to_token_ptr + row, mask=is_row, other=0).to(tl.int64)
+    i = (tl.program_id(0) % num_slices).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)  # [BLOCK_I]
+    is_i = i < I
+    gate_g = 2 * i if GATED == "interleaved" else i  # rows of the weights
+    up_g = 2 * i + 1 if GATED == "interleaved" else I + i
+    h = tl.arange(0, BLOCK_H)
+
+    x_ptrs = hidden_ptr + token[:, None] * H + h[None, :]  # [BLOCK_T, BLOCK_H]
+    gate_ptrs = w_ptr + expert * stride_we + gate_g[None, :] * stride_wg + h.to(tl.int64)[:, None] * stride_wh
+    up_ptrs = w_ptr + expert * stride_we + up_g[None, :] * stride_wg + h.to(tl.int64)[:, None] * stride_wh
+    gate = tl.zeros([BLOCK_T, BLOCK_I], tl.float32)
+    up = tl.zeros([BLOCK_T, BLOCK_I], tl.float32)
+    for start in range(0, H, BLOCK_H):
+        if EVEN:
+            x = tl.load(x_ptrs, mask=is_row[:, None], other=0.0)
+            w_gate = tl.load(gate_ptrs)  # [BLOCK_H, BLOCK_I]
+        else:
+            is_h = start + h < H
+            x = tl.load(x_ptrs, mask=is_row[:, None] & is_h[None, :], other=0.0)
+            w_gate = tl.load(gate_ptrs, mask=is_h[:, None] & is_i[None, :], other=0.0)
+        gate = _dot(x, w_gate, gate, UPCAST)
+        if GATED != "none":
+            if EVEN:
+                w_up = tl.load(up_ptrs)
+            else:
+                w_up = tl.load(up_ptrs, mask=(start + h < H)[:, None] & is_i[None, :], other=0.0)
+            up = _dot(x, w_up, up, UPCAST)
+        x_ptrs += BLOCK_H
+        gate_ptrs += BLOCK_H * stride_wh
+        up_ptrs += BLOCK_H * stride_wh
+
+    if bias_ptr is not None:
+        biases = bias_ptr + expert * stride_be
+        gate += tl.load(biases + gate_g * stride_bg, mask=is_i, other=0.0).to(tl.float32)[None, :]
+        if GATED != "none":
+            up += tl.load(biases + up_g * stride_bg, mask=is_i, other=0.0).to(tl.float32)[None, :]
+    if limit is not None:
+        gate = tl.where(gate > limit, limit, gate)
+        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    result = _activate(gate, ACTIVATION, alpha)
+    if ACTIVATION == "swiglu_clamped":
+        up += 1
+    if GATED != "none":
+        result *= up
+    pointers = intermediate_ptr + row[:, None] * I + i[None, :]
+    tl.store(pointers, result.to(intermediate_ptr.dtype.element_ty), mask=is_row[:, None] & is_i[None, :])
+
+
+@triton.jit
+def _down_kernel(
+    intermediate_ptr,  # [T K, I], contiguous
+    w_ptr,  # [E, N, I]
+    bias_ptr,  # [E, N] or None
+    tile_to_expert_ptr,
+    tile_to_row_ptr,
+    tile_rows_ptr,
+    num_tiles_ptr,
+    outputs_ptr,  # [T K, N], contiguous
+    I,
+    N,
+    stride_we,
+    stride_wn,
+    stride_wi,
+    stride_be,
+    stride_bn,
+    UPCAST: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    num_slices = tl.cdiv(N, BLOCK_N)
+    tile = tl.program_id(0) // num_slices
+    if tile >= tl.load(num_tiles_ptr):
+        return
+    num_rows = tl.load(tile_rows_ptr + tile)
+    if num_rows == 0:
+        return
+    expert = tl.load(tile_to_expert_ptr + tile).to(tl.int64)
+    in_tile = tl.arange(0, BLOCK_T)
+    is_row = in_tile < num_rows  # [BLOCK_T]
+    row = tl.load(tile_to_row_ptr + tile).to(tl.int64) + in_tile
+    n = (tl.program_id(0) % num_slices).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    is_n = n < N
+    i = tl.arange(0, BLOCK_I)
+
+    x_ptrs = intermediate_ptr + row[:, None] * I + i[None, :]  # [BLOCK_T, BLOCK_I]
+    w_ptrs = w_ptr + expert * stride_we + n[None, :] * stride_wn + i.to(tl.int64)[:, None] * stride_wi
+    sums = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    for start in range(0, I, BLOCK_I):
+        if EVEN:
+            x = tl.load(x_ptrs, mask=is_row[:, None], other=0.0)
+            w = tl.load(w_ptrs)  # [BLOCK_I, BLOCK_N]
+        else:
+            is_i = start + i < I
+            x = tl.load(x_ptrs, mask=is_row[:, None] & is_i[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=is_i[:, None] & is_n[None, :], other=0.0)
+        sums = _dot(x, w, sums, UPCAST)
+        x_ptrs += BLOCK_I
+        w_ptrs += BLOCK_I * stride_wi
+    if bias_ptr is not None:
+        biases = bias_ptr + expert * stride_be
+        sums += tl.load(biases + n * stride_bn, mask=is_n, other=0.0).to(tl.float32)[None, :]
+    pointers = outputs_ptr + row[:, None] * N + n[None, :]
+    tl.store(pointers, sums.to(outputs_ptr.dtype.element_ty), mask=is_row[:, None] & is_n[None, :])
+
+
+@triton.jit
+def _sum_picks_kernel(
+    outputs_ptr,  # [T K, N]
+    row_weights_ptr,  # [T K]
+    pick_to_row_ptr,  # [T, K]
+    out_ptr,  # [T, N]
+    N,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    row = tl.load(pick_to_row_ptr + token * K + k, mask=k < K, other=-1).to(tl.int64)
+    weight = tl.load(row_weights_ptr + row, mask=row >= 0, other=0.0)
+    mask = (row >= 0)[:, None] & (n < N)[None, :]
+    outputs = tl.load(outputs_ptr + row[:, None] * N + n[None, :], mask=mask, other=0.0)  # [BLOCK_K, BLOCK_N]
+    sums = tl.sum(weight[:, None] * outputs.to(tl.float32), axis=0)
+    tl.store(out_ptr + token * N + n, sums.to(out_ptr.dtype.element_ty), mask=n < N)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The sort's result, all int32 but the weights: see the module's docstring.  ``most_tiles`` is known on the host."""
+
+    to_token: Tensor
+    weights: Tensor
+    pick_to_row: Tensor
+    tiles: tuple[Tensor, Tensor, Tensor, Tensor]
+    most_tiles: int
+
+
+def _sort_picks(topk_weights: Tensor, topk_ids: Tensor, num_experts: int, config: Config) -> Rows:
+    num_tokens, top_k = topk_ids.shape
+    num_picks, device = topk_ids.numel(), topk_ids.device
+    full = min(num_experts, num_picks)  # active experts, at most: each has a tile that is not full, at worst
+    most_tiles = full + (num_picks - full) // config.BLOCK_T
+    block_e = max(32, triton.next_power_of_2(num_experts + 1))
+    counts = None
+    if not config.one_launch:
+        counts = torch.zeros(num_experts, dtype=torch.int32, device=device)
+        grid = (triton.cdiv(num_picks, COUNT_BLOCK),)
+        _count_picks_kernel[grid](
+            topk_ids, counts, num_picks, num_experts, BLOCK_P=COUNT_BLOCK, BLOCK_E=block_e, num_warps=4
+        )
+    row_to_token, pick_to_row = (torch.empty(num_picks, dtype=torch.int32, device=device) for _ in range(2))
+    row_weights = torch.empty(num_picks, dtype=torch.float32, device=device)
+    tile_to_expert, tile_to_row, tile_rows = (
+        torch.empty(most_tiles, dtype=torch.int32, device=device) for _ in range(3)
+    )
+    num_tiles = torch.empty(1, dtype=torch.int32, device=device)
+    block_k = triton.next_power_of_2(top_k)
+    _sort_picks_kernel[(num_experts,)](
+        topk_weights, topk_ids, counts, row_to_token, row_weights, pick_to_row,
+        tile_to_expert, tile_to_row, tile_rows, num_tiles, num_tokens, num_experts,
+        K=top_k, BLOCK_T=config.BLOCK_T, BLOCK_S=config.BLOCK_S, BLOCK_K=block_k, BLOCK_E=block_e,
+        BLOCK_P=min(COUNT_BLOCK, max(32, triton.next_power_of_2(num_picks))),
+        num_warps=4 if config.BLOCK_S * block_k <= 1024 else 8,
+    )  # fmt: skip
+    return Rows(row_to_token, row_weights, pick_to_row, (tile_to_expert, tile_to_row, tile_rows, num_tiles), most_tiles)
+
+
+@functools.cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
+def fused_experts(
+    hidden: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    b_gate_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "silu",
+    gated: str = "concatenated",
+    transposed: bool = False,
+    alpha: float = 1.702,
+    limit: float | None = None,
+) -> Tensor:
+    """See ``reference.fused_experts``, which does the work for float64."""
+    if hidden.dtype == torch.float64:
+        return reference.fused_experts(
+            hidden, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up, b_down, activation, gated, transposed, alpha, limit
+        )
+    if transposed:
+        w_gate_up, w_down = w_gate_up.mT, w_down.mT
+    num_tokens, num_in = hidden.shape
+    num_experts, num_out, intermediate = w_down.shape
+    out = hidden.new_empty(num_tokens, num_out)
+    if topk_ids.numel() == 0 or num_experts == 0 or num_out == 0:
+        return out.zero_()
+    hidden, topk_weights, topk_ids = hidden.contiguous(), topk_weights.contiguous(), topk_ids.contiguous()
+    top_k = topk_ids.shape[1]
+    config = choose_config(
+        num_tokens, top_k, num_experts, num_in, intermediate, hidden.dtype, _device_name(hidden.device)
+    )
+    rows = _sort_picks(topk_weights, topk_ids, num_experts, config)
+    upcast = hidden.device.type == "cpu"
+
+    tile = config.gate_up
+    activated = hidden.new_empty(topk_ids.numel(), intermediate)
+    _gate_up_kernel[(rows.most_tiles * triton.cdiv(intermediate, tile.BLOCK_N),)](
+        hidden, w_gate_up, b_gate_up, rows.to_token, *rows.tiles, activated, num_in, intermediate,
+        *w_gate_up.stride(), *(b_gate_up.stride() if b_gate_up is not None else (0, 0)),
+        float(alpha), None if limit is None else float(limit), ACTIVATION=activation, GATED=gated, UPCAST=upcast,
+        EVEN=num_in % tile.BLOCK_C == 0 and intermediate % tile.BLOCK_N == 0, BLOCK_T=config.BLOCK_T,
+        BLOCK_I=tile.BLOCK_N, BLOCK_H=tile.BLOCK_C, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    tile = config.down
+    outputs = hidden.new_empty(topk_ids.numel(), num_out)
+    _down_kernel[(rows.most_tiles * triton.cdiv(num_out, tile.BLOCK_N),)](
+        activated, w_down, b_down, *rows.tiles, outputs, intermediate, num_out,
+        *w_down.stride(), *(b_down.stride() if b_down is not None else (0, 0)), UPCAST=upcast,
+        EVEN=intermediate % tile.BLOCK_C == 0 and num_out % tile.BLOCK_N == 0, BLOCK_T=config.BLOCK_T,
+        BLOCK_N=tile.BLOCK_N, BLOCK_I=tile.BLOCK_C, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    _sum_picks_kernel[(num_tokens, triton.cdiv(num_out, config.BLOCK_N))](
+        outputs, rows.weights, rows.pick_to_row, out, num_out,
+        K=top_k, BLOCK_K=triton.next_power_of_2(top_k), BLOCK_N=config.BLOCK_N, num_warps=4,
+    )  # fmt: skip
+    return out
