@@ -67,14 +67,15 @@ def run(gm: fx.GraphModule, settings: Settings, report: Report) -> fx.GraphModul
         UnrewrittenError: with ``strict``, a real router was left alone.
     """
     report.graphs += 1
-    before = _ops(gm)
+    if not _selects(gm):  # most graphs of a model that breaks, and all of one without experts, cost nothing more
+        return _untouched(gm, report, [], _ops(gm))
     owner = ModuleOwner(known_sites=_known_sites(settings.policies))
     try:
         with _timed(report, "normalize"):
             new = normalize(gm)
     except NormalizeError as error:
         reason = f"the graph could not be read ({error}) and was compiled as it is"
-        return _untouched(gm, report, [Skip("graph", reason)] if _selects(gm) else [], before)
+        return _untouched(gm, report, [Skip("graph", reason)], _ops(gm))
     before = _ops(new)
     with _timed(report, "find"):
         routings, skips = find_sites(new, owner)
@@ -136,9 +137,10 @@ def _rewrite(
 
 
 def _selects(gm: fx.GraphModule) -> bool:
-    """Whether a graph that could not be normalised has anything that might be routing."""
-    names = {n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "") for n in gm.graph.nodes}
-    return bool(names & {"topk", "sort", "argsort"})
+    """Whether a graph, or one inside it, selects anything: without that there is no routing to find."""
+    graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    targets = {n.target for graph in graphs for n in graph.nodes}
+    return any(("topk" in name or "sort" in name) for t in targets for name in [t if isinstance(t, str) else str(t)])
 
 
 def _untouched(gm: fx.GraphModule, report: Report, skips: list[Skip], before: Counter[str]) -> fx.GraphModule:
