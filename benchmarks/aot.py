@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from moe_fx.kernels import beam_mask, fold_masked, sere_reroute
+from moe_fx.kernels import beam_mask, fold_masked, fused_experts, sere_reroute
 
 CAPABILITY = 90  # Hopper: H100, H200
 TYPE_NAMES = {
@@ -46,11 +46,12 @@ TYPE_NAMES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One recorded kernel launch: the jitted function, its arguments by name, and the number of warps."""
+    """One recorded kernel launch: the jitted function, its arguments by name, warps and pipeline stages."""
 
     kernel: Any
     arguments: dict[str, Any]
     num_warps: int
+    num_stages: int
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Compiled:
     registers: int
     spilled_bytes: int
     shared_bytes: int
+    uses_wgmma: bool
 
 
 class _Recorder:
@@ -73,9 +75,9 @@ class _Recorder:
         self.kernel, self.launches = kernel, launches
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def record(*args: Any, num_warps: int = 4, **constants: Any) -> None:
+        def record(*args: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any) -> None:
             arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | constants
-            self.launches.append(Launch(self.kernel, arguments, num_warps))
+            self.launches.append(Launch(self.kernel, arguments, num_warps, num_stages))
 
         return record
 
@@ -116,7 +118,7 @@ def _number(pattern: str, text: str) -> int:
 def compile_launch(launch: Launch, shape: str) -> Compiled:
     """Compile for sm_90 and ask ptxas for registers and spills."""
     source = _source(launch)
-    options = {"num_warps": launch.num_warps}
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
@@ -133,6 +135,7 @@ def compile_launch(launch: Launch, shape: str) -> Compiled:
         registers=_number(r"Used (\d+) registers", report),
         spilled_bytes=_number(r"(\d+) bytes spill", report),
         shared_bytes=compiled.metadata.shared,
+        uses_wgmma="wgmma.mma_async" in compiled.asm["ptx"],
     )
 
 
@@ -161,6 +164,21 @@ def _calls() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
         yield f"T={t} K={k} E={e}", beam_mask, (_meta((t, k), weights), _meta((t, k), ids), _meta((t, e), logits), 0.5)
     for t, k, ids, weights in ((16, 8, i64, fp32), (64, 6, i32, bf16), (8192, 8, i64, fp16)):
         yield f"T={t} K={k}", fold_masked, (_meta((t, k), weights), _meta((t, k), ids))
+    for name, e, k, h, i in (("Qwen3-30B-A3B", 128, 8, 2048, 768), ("DeepSeek-V2-Lite", 64, 6, 2048, 1408)):
+        for t in (1, 16, 64, 512, 8192):
+            yield f"{name} T={t}", fused_experts, _experts(t, k, bf16, _meta((e, 2 * i, h), bf16), _meta((e, h, i), bf16))
+    for t in (4, 2048):  # gpt-oss: transposed, interleaved, biases, sizes that no block divides
+        args = _experts(t, 4, bf16, _meta((32, 2880, 5760), bf16), _meta((32, 2880, 2880), bf16), width=2880)
+        biases = _meta((32, 5760), bf16), _meta((32, 2880), bf16)
+        yield f"gpt-oss-20b T={t}", fused_experts, (*args, *biases, "swiglu_clamped", "interleaved", True, 1.702, 7.0)
+    args = _experts(64, 4, fp32, _meta((16, 512, 256), fp32), _meta((16, 256, 512), fp32))
+    yield "ungated fp32 T=64", fused_experts, (*args, None, None, "relu2", "none")
+
+
+def _experts(t: int, k: int, dtype: torch.dtype, *weights: Tensor, width: int | None = None) -> tuple[Tensor, ...]:
+    """The first five arguments of fused_experts."""
+    hidden = _meta((t, width or weights[0].shape[2]), dtype)
+    return hidden, *weights, _meta((t, k), torch.float32), _meta((t, k), torch.int64)
 
 
 def aot_report(show_progress: bool = False) -> list[Compiled]:

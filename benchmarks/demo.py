@@ -33,9 +33,9 @@ from benchmarks.corpus import Corpus, held_out_batch, load_corpus, training_wind
 from benchmarks.evaluation import (
     Advance,
     Configuration,
-    active_experts_of_top_k,
     choose,
     compile_lanes,
+    count_active_experts,
     decode,
     segment_count,
 )
@@ -73,12 +73,12 @@ class Plan:
 FULL = Plan(
     name="demo",
     shape=DEMO,
-    recipe=Recipe(steps=1600),
+    recipe=Recipe(steps=700),
     batches=(1, 4, 16),
     plain_k=(4, 2, 1),
     primaries=(1, 2),
-    quantiles=(0.5, 0.9),
-    texts=48,
+    quantiles=(0.5,),
+    texts=32,
     steps=128,
     calibration_batches=4,
 )
@@ -236,10 +236,8 @@ def measure(
     with screen.phase("Compile", total=len(configurations) * len(plan.batches)) as advance:
         lanes = compile_lanes(model, configurations, plan.batches, groups[0], advance)
     screen.console.print(last_report())
-    with screen.phase("Count experts of plain top-K"):
-        for configuration in configurations:
-            if configuration.kind != "sere":
-                configuration.active_experts = active_experts_of_top_k(model, configuration.top_k, groups)
+    with screen.phase("Count active experts", total=len(configurations)) as advance:
+        count_active_experts(model, configurations, groups[0], advance)
     with screen.phase("Decode held-out files in turns", total=segment_count(groups)) as advance:
         decode(lanes, groups, advance)
 

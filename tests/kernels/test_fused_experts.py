@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_fx.kernels import experts_cpu, reference
-
 from moe_fx.kernels import fused_experts as triton_kernel
 from moe_fx.testing import FLOAT_DTYPES, ID_DTYPES, poisoned_allocations, random_routing, tolerance
 
@@ -74,7 +73,8 @@ class Case:
                 parameter[expert] = math.nan
         if self.transposed:
             w_gate_up, w_down = w_gate_up.mT.contiguous(), w_down.mT.contiguous()
-        tensors = [self.random(self.num_tokens, self.hidden, salt=5, scale=0.5), w_gate_up, w_down, weights, ids]
+        scale = 0.25 if self.activation == "relu2" else 0.5
+        tensors = [self.random(self.num_tokens, self.hidden, salt=5, scale=scale), w_gate_up, w_down, weights, ids]
         biases = [b_gate_up, b_down] if self.bias else [None, None]
         return [*map(self.strided, tensors), *biases]
 
@@ -189,13 +189,12 @@ def check(implementation: Any, case: Case) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=5 * settings.default.max_examples)
 def test_on_cpu_equals_the_reference(data):
     check(on_cpu, draw_case(data, [0, 1, 2, 5, 17]))
 
 
 @given(data=st.data())
-@settings(max_examples=25)
 def test_by_triton_equals_the_reference(data):
     check(by_triton, draw_case(data, [0, 1, 5]))
 
@@ -310,6 +309,47 @@ def test_the_same_call_gives_the_same_bits(implementation):
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize(
+    "settings_of_case",
+    [
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.float16, "bias": True, "activation": "swiglu_clamped", "gated": "interleaved", "limit": 0.3},
+        {"dtype": torch.float32, "activation": "relu2", "gated": "none"},
+    ],
+)
+def test_large_experts_with_few_rows_are_compiled_once(settings_of_case, monkeypatch):
+    """Other numbers of tokens use the code that was compiled for blocks of 1, 2 and 4 rows."""
+    monkeypatch.setattr(experts_cpu, "LEAST_BYTES_COMPILED", 0)
+    torch._dynamo.reset()
+    experts_cpu._compiled_blocks.cache_clear()
+    torch._dynamo.utils.counters.clear()
+    for num_tokens in (9, 1, 17, 70, 2):
+        check(on_cpu, Case(num_tokens, top_k=3, num_experts=9, off=0.2, **settings_of_case))
+    assert experts_cpu._failed == set()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6  # a block alone is compiled apart
+
+
+def test_the_loop_serves_where_nothing_can_be_compiled(monkeypatch):
+    monkeypatch.setattr(experts_cpu, "LEAST_BYTES_COMPILED", 0)
+    monkeypatch.setattr(experts_cpu, "_failed", set())
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(experts_cpu, "_compiled_blocks", fail)
+    with pytest.warns(UserWarning, match="slower than it could be.*no C.. compiler"):
+        check(on_cpu, Case())
+    check(on_cpu, Case())  # it warns once
+    assert len(experts_cpu._failed) == 1
+
+
+@pytest.mark.parametrize("most", [0, 10**6], ids=["numpy", "python"])
+def test_both_ways_to_sort_agree_with_the_reference(most, monkeypatch):
+    monkeypatch.setattr(experts_cpu, "MAX_PICKS_IN_PYTHON", most)
+    for num_tokens in (1, 2, 30):
+        check(on_cpu, Case(num_tokens, top_k=4, off=0.3, beyond=0.1, duplicates=True, dtype=torch.bfloat16))
+
+
 def test_float64_on_cpu():
     check(on_cpu, Case(num_tokens=7, dtype=torch.float64, weights_dtype=torch.float64, bias=True))
 
@@ -318,9 +358,15 @@ def test_onednn_is_switched_on_again(monkeypatch):
     case = Case(num_tokens=1, dtype=torch.bfloat16)
     expected = on_cpu(case.tensors(), case.settings())
     assert torch._C._get_mkldnn_enabled()
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="on purpose"):
-        patch.setattr(torch, "mv", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("on purpose")))
-        on_cpu(case.tensors(), case.settings())
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("on purpose")
+
+    tensors, settings_of_case = case.tensors(), case.settings()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "mv", fail)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            experts_cpu.fused_experts(*tensors, *settings_of_case)
     assert torch._C._get_mkldnn_enabled()
     assert torch.equal(on_cpu(case.tensors(), case.settings()), expected)
 
