@@ -16,7 +16,7 @@ from moe_fx.passes.bind import Binder
 from moe_fx.passes.check import check
 from moe_fx.passes.find_sites import Routing, find_sites
 from moe_fx.passes.fuse_experts import Experts, recognise
-from moe_fx.passes.graph import fake, qualified_op, value
+from moe_fx.passes.graph import fake, qualified_op
 from moe_fx.passes.normalize import NormalizeError, normalize
 from moe_fx.passes.region import find_region
 from moe_fx.passes.reroute import reroute
@@ -118,9 +118,8 @@ def _needs_gradients(gm: fx.GraphModule, settings: Settings) -> bool:
     """Whether the graph will be differentiated.  It then keeps the experts' own backward, which is faster than ours."""
     if any(isinstance(p, BEAM) and p.train for p in settings.policies):
         return True
-    return torch.is_grad_enabled() and any(
-        isinstance(v := p.meta.get("example_value"), torch.Tensor) and v.requires_grad for p in gm.graph.find_nodes(op="placeholder")
-    )
+    inputs = [p.meta.get("example_value") for p in gm.graph.find_nodes(op="placeholder")]
+    return torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in inputs)
 
 
 def _rewrite(
