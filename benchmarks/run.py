@@ -28,7 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with console.status(name) as status:
 
             def say(what: str, name: str = name, start: float = start) -> None:
-                status.update(f"{name}: {what} ({time.perf_counter() - start:.0f} s)")
+                line = f"{name}: {what} ({time.perf_counter() - start:.0f} s)"
+                if console.is_terminal:
+                    status.update(line)
+                else:
+                    console.print(line, highlight=False)
 
             rows = BENCHMARKS[name].load()(say)
         path = options.out / f"{name}.csv"

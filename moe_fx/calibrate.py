@@ -83,6 +83,7 @@ class _Collector:
         from moe_fx.passes.find_sites import find_sites
         from moe_fx.passes.normalize import NormalizeError, normalize
         from moe_fx.passes.region import find_region
+        from moe_fx.passes.reroute import has_capacity
 
         try:
             new = normalize(gm)
@@ -93,6 +94,11 @@ class _Collector:
         for routing in routings:
             layers = owner.layers(routing.router.weight, routing.site)
             region = find_region(routing)
+            if has_capacity(routing):
+                raise CalibrationError(
+                    f"the experts of site '{layers.names(routing.site.name)[0]}' have a capacity, which drops tokens when all "
+                    "of them go to one expert: raise the capacity for calibration, if the model lets you"
+                )
             if layers.shared or region is None:
                 self.problems += layers.names(routing.site.name)
             else:

@@ -75,6 +75,11 @@ def _holds_experts(block: nn.Module | None, router_weight: Tensor | None, num_ex
     """Whether a module holds ``num_experts`` experts: stacked weights, or a list of as many modules."""
     if block is None:
         return False
-    stacked = any(p.dim() >= 3 and p.shape[0] == num_experts for p in block.parameters() if p is not router_weight)
-    lists = (m for m in block.modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict)))
-    return stacked or any(len(m) == num_experts for m in lists)
+    for name, module in block.named_modules():
+        listed = isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(module) == num_experts
+        if listed and "expert" in name.lower():  # a list of layers may be as long
+            return True
+        own = [] if isinstance(module, nn.modules.conv._ConvNd) else module.parameters(recurse=False)
+        if any(p.dim() == 3 and p.shape[0] == num_experts for p in own if p is not router_weight):
+            return True
+    return False

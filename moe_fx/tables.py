@@ -88,9 +88,14 @@ class SiteTable:
     def _resolve(self, weight: Tensor) -> tuple[Tensor, str]:
         """The parameter with this memory and the name of its layer's site."""
         roots = [*(r for ref in self.roots if (r := ref()) is not None), *roots_on_stack()]
-        candidates = [c for root in roots if (c := self._in_root(root, weight)) is not None]
+        candidates = [c for root in roots for c in self._in_root(root, weight)]
         # an artifact's site names tell which of several nested modules the user calls the model
         named = [c for c in candidates if c[1] in self.artifact.sites]
+        if len({name for _, name in named}) > 1:
+            raise RuntimeError(
+                f"sites {', '.join(sorted({repr(name) for _, name in named}))} share one router weight and one graph, so that "
+                "moe_fx cannot tell which is running: use experts that trace (set_experts_implementation('grouped_mm'))"
+            )
         for candidate in (*named, *candidates):
             return candidate
         raise RuntimeError(
@@ -98,13 +103,12 @@ class SiteTable:
             "stack. Compile the whole model, with experts that trace (model.set_experts_implementation('grouped_mm'))"
         )
 
-    def _in_root(self, root: nn.Module, weight: Tensor) -> tuple[Tensor, str] | None:
+    def _in_root(self, root: nn.Module, weight: Tensor) -> Iterator[tuple[Tensor, str]]:
         for name, parameter in tensors(root):
             full = normal_name(name)
             if parameter.data_ptr() == weight.data_ptr() and full.endswith(self.suffix):
                 prefix = full.removesuffix(self.suffix).strip(".")
-                return parameter, ".".join(p for p in (prefix, self.scope) if p)
-        return None
+                yield parameter, ".".join(p for p in (prefix, self.scope) if p)
 
 
 #: Tables by a key that is a literal of the graphs reading them.

@@ -53,7 +53,9 @@ REDUCTIONS = frozenset("sum amax max norm linalg_vector_norm logsumexp mean cums
 #: Ops after which ids are the same ids in another layout or integer type.
 ID_WISE = g.LAYOUT | g.CASTS
 #: Ops after which an id is the id of something else.
-ARITHMETIC = frozenset("add sub rsub mul div floor_divide remainder fmod bitwise_and bitwise_or bitwise_xor".split())
+ARITHMETIC = frozenset(
+    "add sub rsub mul div floor_divide remainder fmod bitwise_and bitwise_or bitwise_xor masked_fill index_put".split()
+)
 LINEAR = frozenset("linear mm addmm matmul bmm baddbmm".split())
 
 
@@ -113,6 +115,7 @@ class Routing:
     router: Router
     cut: Cut
     experts: Node | None  # the first op where the ids meet the experts; None where that is outside the graph
+    weighs_input: bool  # whether the weights multiply what goes into the experts, not what comes out
 
 
 class Owner(Protocol):
@@ -152,11 +155,16 @@ def _examine(selection: Selection, router: Router, weights: Weights, owner: Owne
     if proof.at is None:
         asks = owner is not None and (proof.leaves_graph or _becomes_one_hot(selection.ids, router.num_experts))
         block = owner.expert_block(router.weight, router.num_experts) if owner is not None and asks else None
+        if block is not None and not any(e.user.op == "output" for e in cut.weights):
+            return Skip(name, "its ids leave the graph without their weights, which may still be looked up by them", True)
         if block is None:
             return Skip(name, f"its ids are never seen to select among {router.num_experts} experts{proof.hint}")
         scope = block
     site = Site(scope, router.num_experts, selection.k, router.hidden_size, scoring(selection, router))
-    return Routing(site, selection, router, cut, proof.at)
+    weighs_input = _weighs_input(cut, proof, router, weights)
+    if weighs_input and cut.dense and selection.k > 1:
+        return Skip(name, "its weights multiply the experts' input, where two picks of one expert cannot be merged", True)
+    return Routing(site, selection, router, cut, proof.at, weighs_input)
 
 
 # ---------------------------------------------------------------------------------------------------- selection
@@ -311,11 +319,39 @@ def find_cut(selection: Selection, router: Router, weights: Weights) -> tuple[Cu
     reason = _follow_ids(selection.ids, router, weights, cut, weight_like, dense_like)
     reason = reason or _follow_weights(selection, weight_like, dense_like, cut)
     reason = reason or _follow_dense(router, dense_like, cut)
+    reason = reason or _looks_up_scores(selection, router, weights, cut)
     if not reason and not (cut.ids or cut.dense):
         reason = "its ids are not used outside the router"
     if not reason and cut.ids and cut.dense:
         reason = "its ids leave the router both as pairs and as a dense matrix"
     return (None, reason) if reason else (cut, "")
+
+
+def _looks_up_scores(selection: Selection, router: Router, weights: Weights, cut: Cut) -> str:
+    """Scores read by what became of the ids, other than by ``gather``: weights that would change with the ids."""
+    scores, stack = {router.linear}, [router.linear]
+    while stack:
+        for user in stack.pop().users:
+            wide = op(user) in SCORE_WISE and is_float(user) and size(user, -1) == router.num_experts
+            if wide and user not in scores and (user < selection.node or user is selection.scores):
+                scores.add(user)
+                stack.append(user)
+    seen: set[Node] = set()
+    frontier = [e.user for e in cut.ids if e.user.op != "output"]
+    for _ in range(_REACH):
+        reached = []
+        for node in frontier:
+            if node in seen or _meets_experts(node, router, weights):
+                continue
+            seen.add(node)
+            if any(i in scores or (op(i) in g.LAYOUT and i.all_input_nodes[0] in scores) for i in node.all_input_nodes):
+                return f"its ids look scores up in a way that is not known ({op(node)}), so its weights would change with them"
+            if not is_float(node) or size(node, -1) in (router.num_experts, selection.k):
+                reached += [u for u in node.users if u.op == "call_function"]
+        if not reached:
+            break
+        frontier = reached
+    return ""
 
 
 def _follow_ids(
@@ -332,7 +368,7 @@ def _follow_ids(
             name = op(user)
             if name in ID_WISE and user.args[0] is node and is_integer(user):
                 stack.append(user)
-            elif _gathers_score(user, node, router, weights):
+            elif _gathers_score(user, node, router, weights) and _stays_a_weight(user, node):
                 weight_like.add(user)
             elif name == "scatter" and _scatters_into_experts(user, node, router):
                 dense_like[user] = ""
@@ -343,6 +379,13 @@ def _follow_ids(
             if _mutates(user, node):
                 return f"its ids are changed in place by {name}"
     return ""
+
+
+def _stays_a_weight(looked_up: Node, ids: Node) -> bool:
+    """Whether a number looked up per pick is used as one: a scale of an expert's matrix is the experts' own."""
+    if op(looked_up) in ("gather", "take_along_dim"):
+        return True
+    return all(same_shape(user, ids) or op(user) in REDUCTIONS for user in looked_up.users)
 
 
 def _gathers_score(user: Node, ids: Node, router: Router, weights: Weights) -> bool:
@@ -463,7 +506,7 @@ def _follow_dense(router: Router, dense_like: dict[Node, str], cut: Cut) -> str:
         for user in node.users:
             if user in dense_like:
                 continue
-            state = _dense_step(node, dense_like[node], user, router)
+            state = _dense_step(node, dense_like, user, router)
             if state is not None:
                 dense_like[user] = state
                 stack.append(user)
@@ -474,13 +517,14 @@ def _follow_dense(router: Router, dense_like: dict[Node, str], cut: Cut) -> str:
     return ""
 
 
-def _dense_step(node: Node, state: str, user: Node, router: Router) -> str | None:
+def _dense_step(node: Node, dense_like: dict[Node, str], user: Node, router: Router) -> str | None:
     """The state of ``user``, or None when it is no longer a row over experts of the router's own."""
-    name = op(user)
+    name, state = op(user), dense_like[node]
     if state == "row":  # a sum over experts, kept only to renormalise by
         if name in WEIGHT_WISE and same_shape(user, node):
             return "row"
-        return "zero" if _is_row_of_experts(user, router) else None
+        divides = any(dense_like.get(i) == "zero" for i in user.all_input_nodes)
+        return "zero" if divides and _is_row_of_experts(user, router) else None
     after = _DENSE_RULES.get(state, {}).get(name)
     if after == "row":
         return "row" if any(_is_row_of_experts(u, router) or op(u) in WEIGHT_WISE for u in user.users) else None
@@ -537,7 +581,9 @@ def prove_experts(selection: Selection, router: Router, weights: Weights) -> Pro
     proof, seen = Proof(), set()
     proof.leaves_graph = _leaves_graph(selection.ids)
     compared = _compared(selection.ids)
-    if set(compared) >= set(range(router.num_experts)):
+    if set(compared) >= set(range(router.num_experts)) and all(
+        _gates_activations(compared[e], router, weights) for e in (0, router.num_experts - 1)
+    ):
         proof.at = compared[0]
         return proof
     scope = _parent(module_path(selection.node) or "", 1)
@@ -573,6 +619,18 @@ def _compared(ids: Node) -> dict[int, Node]:
     return found
 
 
+def _gates_activations(mask: Node, router: Router, weights: Weights) -> bool:
+    """Whether a mask of one expert's picks multiplies activations, a few ops on."""
+    frontier = [mask]
+    for _ in range(6):
+        frontier = [u for n in frontier for u in n.users if u.op == "call_function"]
+        for user in frontier:
+            others = [i for i in user.all_input_nodes if is_float(i) and _carries_activations(i, router, weights)]
+            if op(user) in ("mul", "where") and others:
+                return True
+    return False
+
+
 def _becomes_one_hot(ids: Node, num_experts: int) -> bool:
     """Whether the ids become masks over all experts (some models add a class for picks that are off)."""
     return any(
@@ -587,9 +645,58 @@ def _leaves_graph(ids: Node) -> bool:
     return any(u.op == "output" or (op(u) in ID_WISE and is_integer(u) and _leaves_graph(u)) for u in ids.users)
 
 
+#: Ops that multiply matrices.  An engine's own op (any namespace but ATen's) that reads a stack counts as one.
+PRODUCTS = frozenset("bmm baddbmm matmul mm einsum _grouped_mm grouped_mm".split())
+
+
 def _meets_experts(user: Node, router: Router, weights: Weights) -> bool:
-    """Whether the op reads a stack of one matrix (or more) per expert."""
-    return any(i in weights and rank(i) >= 3 and _stack_fits(size(i, 0), router.num_experts) for i in user.all_input_nodes)
+    """Whether the op multiplies activations by a stack of one matrix (or more) per expert.
+
+    A codebook, a prompt pool or a decoder indexed or weighted by picks is no stack of experts: nothing goes through it.
+    """
+    is_product = op(user) in PRODUCTS or not g.qualified_op(user).startswith(("aten.", "getitem"))
+    if user.op != "call_function" or not is_product:
+        return False
+    stacks = [i for i in user.all_input_nodes if _is_expert_stack(i, router, weights)]
+    return bool(stacks) and any(_carries_activations(i, router, weights) for i in user.all_input_nodes if i not in stacks)
+
+
+def _is_expert_stack(node: Node, router: Router, weights: Weights) -> bool:
+    """A weight [E, ., .], or what ids or a scale picked from one."""
+    while op(node) in g.LAYOUT | g.CASTS | {"index", "index_select", "embedding", "mul"} and node not in weights:
+        node = node.all_input_nodes[0]
+    return node in weights and rank(node) >= 3 and _stack_fits(size(node, 0), router.num_experts)
+
+
+def _carries_activations(node: Node, router: Router, weights: Weights) -> bool:
+    """Whether a value depends on activations in another way than through the router's own scores."""
+    stack, seen = [node], set()
+    while stack:
+        n = stack.pop()
+        if n in seen or n in weights or n is router.linear:
+            continue
+        seen.add(n)
+        if is_float(n) and n < router.linear and n not in weights:
+            return True
+        stack.extend(n.all_input_nodes)
+    return False
+
+
+def _weighs_input(cut: Cut, proof: Proof, router: Router, weights: Weights) -> bool:
+    """Whether weights that left the router flow into a product with the site's own experts."""
+    if proof.at is None:
+        return False
+    own = {i for i in proof.at.all_input_nodes if _is_expert_stack(i, router, weights)}
+    stack, seen = [e.user for e in (*cut.weights, *cut.dense)], set()
+    while stack and len(seen) < 4 * _REACH:
+        node = stack.pop()
+        if node in seen or not is_float(node):
+            continue
+        seen.add(node)
+        if own.intersection(node.all_input_nodes) and _meets_experts(node, router, weights):
+            return True
+        stack.extend(node.users)
+    return False
 
 
 def _weighs_experts(user: Node, from_ids: set[Node], router: Router, weights: Weights) -> bool:

@@ -171,6 +171,10 @@ def _unusable_decision(routing: Routing, region: Region) -> str | None:
     edges = (*routing.cut.ids, *routing.cut.weights, *routing.cut.dense)
     if any(e.user not in region.nodes for e in edges):
         return "its picks are also read outside its experts"
+    if any(u not in region.nodes for n in region.nodes[:-1] for u in n.users):
+        return "its experts' inner values are also read outside them"
+    if g.mutates_between(min(routing.router.linear, *region.nodes), region.output):
+        return "a value is changed in place between its router and the end of its experts"
     weights = [n for n in region.replaced if not g.is_integer(n)]
     if len(weights) != 1 or not g.same_shape(weights[0], routing.selection.ids) or g.rank(routing.selection.ids) != 2:
         return "its experts read the weights in another form than [T, K]"
@@ -225,6 +229,9 @@ def _same(interpreter: _Interpreter, node: Node) -> Any:
     meaning = interpreter.meaning(node.args[0])
     if isinstance(meaning, Hidden):
         return None  # a new layout of the experts' input is itself the input, unless a rule says what it is
+    converts = g.dtype(node) != g.dtype(node.args[0]) and op(node) in g.CASTS
+    if converts and (isinstance(meaning, OwnMatrix) or (isinstance(meaning, Rows) and meaning.expression[0] != "weighted")):
+        return None  # a model that computes in another dtype than it stores, or rounds on the way, means to
     keeps_rows = op(node) in g.CASTS | _ROW_KEEPING or g.size(node, -1) == g.size(node.args[0], -1)
     if isinstance(meaning, (Rows, OwnMatrix, Output)) and not keeps_rows:
         return None
@@ -397,10 +404,14 @@ def _elementwise(interpreter: _Interpreter, node: Node) -> Any:
     if not rows or len({r.order for r in rows}) > 1:
         return None
     name, order = op(node), rows[0].order
+    if name in ("mul", "add") and node.kwargs:
+        return None  # add(x, y, alpha=2)
     others = [o for o in operands if not isinstance(o, Rows)]
     if name == "mul" and others == [PickWeights(order)]:
         return Rows(order, ("weighted", rows[0].expression))
     if name == "add" and len(others) == 1 and isinstance(others[0], OwnMatrix) and others[0].order == order:
+        if g.rank(others[0].stack) != 2:
+            return None
         return Rows(order, ("biased", rows[0].expression, others[0].stack))
     if any(not isinstance(o, (int, float)) and o is not None for o in others):
         return None

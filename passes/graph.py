@@ -128,6 +128,21 @@ def argument(node: Node, name: str, position: int, default: object = None) -> ob
     return node.args[position] if len(node.args) > position else default
 
 
+def mutates(node: Node) -> bool:
+    """Whether the op changes one of its inputs in place."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def mutates_between(first: Node, last: Node) -> bool:
+    """Whether any op from ``first`` up to ``last`` changes something in place."""
+    node = first
+    while node is not last:
+        if mutates(node):
+            return True
+        node = node.next
+    return mutates(last)
+
+
 def outputs(node: Node, index: int) -> list[Node]:
     """The ``getitem`` nodes that take output ``index`` of a node with several outputs."""
     return [u for u in node.users if u.target is operator.getitem and u.args[1] == index]

@@ -9,7 +9,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import Node
 
-from moe_fx.passes.graph import dtype, is_float, value
+from moe_fx.passes.graph import RESHAPES, dtype, is_float, op, value
 
 
 class NormalizeError(RuntimeError):
@@ -30,6 +30,8 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
     mode = next((f.fake_mode for f in fakes if hasattr(f, "fake_mode")), None)
     if mode is None:
         raise NormalizeError("it has no tensor input")
+    if torch.is_grad_enabled() and any("autograd_function_apply" in str(n.target) for n in gm.graph.nodes):
+        raise NormalizeError("it trains through a custom autograd function, whose backward a retrace would lose")
     try:
         with fx.traceback.preserve_node_meta(), mode:
             new = make_fx(fx.Interpreter(gm).run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
@@ -102,12 +104,22 @@ def _functional_form(node: Node) -> torch._ops.OpOverload | None:
 
 def _unaliased(node: Node, before: Node) -> bool:
     """Whether ``node`` owns its memory and nothing read so far shares it."""
-    if node.op != "call_function" or _returns_alias(node):
-        return False
     # an in-place op keeps its target's dtype, where the functional form would promote
-    if any(is_float(i) and dtype(i) != dtype(node) for i in before.all_input_nodes):
+    if node.op != "call_function" or any(is_float(i) and dtype(i) != dtype(node) for i in before.all_input_nodes):
         return False
+    if _returns_alias(node):  # a view that nothing but the in-place op reads, of a value that nothing else reads
+        return _unaliased_root(node)
     return not any(_returns_alias(u) for u in node.users if u is not before)
+
+
+def _unaliased_root(view: Node) -> bool:
+    """Whether a chain of views, each read once, starts at a value made here."""
+    node = view
+    while node.op == "call_function" and _returns_alias(node):
+        if len(node.all_input_nodes) != 1 or len(node.users) != 1 or op(node) not in RESHAPES:
+            return False
+        node = node.all_input_nodes[0]
+    return node.op == "call_function" and len(node.users) == 1
 
 
 def _returns_alias(node: Node) -> bool:

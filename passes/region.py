@@ -46,7 +46,7 @@ def find_region(routing: Routing) -> Region | None:
     starts = {(e.node, e.user) for e in edges}
     cone: list[Node] = []
     members: set[Node] = set()
-    last_use: Node | None = None  # the furthest reader of anything in the cone so far
+    last_use = max((e.user for e in edges if e.user.op != "output"), default=None)  # the furthest reader so far
     node = min(e.user for e in edges)
     while node is not graph.output_node():
         if any((i, node) in starts or i in members for i in node.all_input_nodes):
@@ -55,7 +55,7 @@ def find_region(routing: Routing) -> Region | None:
             complete = routing.experts in members and (last_use is None or not node < last_use)
             if complete and _has_token_shape(node, routing):
                 return _close(cone, members, starts)
-            furthest = max(node.users, default=node)
+            furthest = max((u for u in node.users if u.op != "output"), default=node)
             last_use = furthest if last_use is None or last_use < furthest else last_use
         node = node.next
     return None

@@ -137,7 +137,7 @@ def _erase_unused(nodes: list[Node]) -> None:
     """Erase what only the erased region read, so that no compiler need find out that it is dead."""
     while nodes:
         node = nodes.pop()
-        if node.op == "call_function" and not node.users and not node._erased and not _mutates_something(node):
+        if node.op == "call_function" and not node.users and not node._erased and not g.mutates(node):
             nodes += node.all_input_nodes
             node.graph.erase_node(node)
 
@@ -157,14 +157,60 @@ def _obstacle(routing: Routing, policies: tuple[Policy, ...], carriers: list[Nod
         return "its picks carry no weights, so a pick cannot be switched off"
     if not routing.cut.dense and any(not g.same_shape(c, routing.selection.ids) for c in carriers):
         return "its weights leave the router in another shape than its ids"
-    if _switches_off(policies) and _has_capacity(routing):
+    if _switches_off(policies) and has_capacity(routing):
         return "its experts have a capacity, in which a pick that is off would still take a place"
-    if any(_mutates_something(n) for n in _between(_early_users(routing, last), last)):
+    if _switches_off(policies) and routing.weighs_input:
+        return "its weights multiply the experts' input, and an expert may give something for an input of 0"
+    if _switches_off(policies) and not _are_final(carriers, routing):
+        return "its weights are not final where they leave the router: what comes after would undo a weight of 0"
+    if _switches_off(policies) and g.mutates_between(routing.router.linear, last):
+        return "a value is changed in place between its router and its weights"
+    if any(g.mutates(n) for n in _between(_early_users(routing, last), last)):
         return "its experts begin before its weights are final, and values in between are changed in place"
     return None
 
 
-def _has_capacity(routing: Routing) -> bool:
+_SQUASHES = frozenset("softmax _softmax sigmoid exp log_softmax log_sigmoid softplus tanh relu".split())
+_COMPARES = frozenset("gt lt ge le eq ne".split())
+
+
+def _are_final(carriers: list[Node], routing: Routing) -> bool:
+    """Whether weights are only reshaped, scaled and multiplied from here on: not squashed, compared or divided by."""
+    seen: set[Node] = set(carriers)
+    stack = list(carriers)
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            name = g.op(user)
+            if name in _COMPARES or (name == "div" and user.args[1] in seen):
+                return False
+            if user.op == "output" and not _is_squashed(node, routing):
+                return False  # raw logits leave the graph
+            alone = all(i in seen for i in user.all_input_nodes if g.is_float(i))
+            if user in seen or not alone or not (g.is_float(user) or (g.value(user) is not None and g.dtype(user) is None)):
+                continue
+            if name in _SQUASHES:
+                return False
+            seen.add(user)
+            stack.append(user)
+    return True
+
+
+def _is_squashed(weights: Node, routing: Routing) -> bool:
+    """Whether scores became weights somewhere between the router's linear map and here."""
+    stack, seen = [weights], set()
+    while stack:
+        node = stack.pop()
+        if node in seen or node is routing.router.linear:
+            continue
+        seen.add(node)
+        if g.op(node) in _SQUASHES:
+            return True
+        stack.extend(node.all_input_nodes)
+    return False
+
+
+def has_capacity(routing: Routing) -> bool:
     """Whether the experts number each pick's place among its expert's tokens: a cumulative count over [T, E]."""
     seen: set[Node] = set()
     stack = [e.user for e in routing.cut.ids]
@@ -192,10 +238,6 @@ def _between(users: list[Node], last: Node) -> list[Node]:
         nodes.append(node)
         node = node.next
     return nodes
-
-
-def _mutates_something(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _sort_selection(routing: Routing) -> None:
