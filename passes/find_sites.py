@@ -670,7 +670,8 @@ def _is_expert_stack(node: Node, router: Router, weights: Weights) -> bool:
 
 def _carries_activations(node: Node, router: Router, weights: Weights) -> bool:
     """Whether a value depends on activations in another way than through the router's own scores."""
-    stack, seen = [node], set()
+    stack: list[Node] = [node]
+    seen: set[Node] = set()
     while stack:
         n = stack.pop()
         if n in seen or n in weights or n is router.linear:
@@ -687,7 +688,8 @@ def _weighs_input(cut: Cut, proof: Proof, router: Router, weights: Weights) -> b
     if proof.at is None:
         return False
     own = {i for i in proof.at.all_input_nodes if _is_expert_stack(i, router, weights)}
-    stack, seen = [e.user for e in (*cut.weights, *cut.dense)], set()
+    seen: set[Node] = set()
+    stack = [e.user for e in (*cut.weights, *cut.dense)]
     while stack and len(seen) < 4 * _REACH:
         node = stack.pop()
         if node in seen or not is_float(node):

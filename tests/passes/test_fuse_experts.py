@@ -131,6 +131,48 @@ class WrongRows(Batched):
         return x.repeat(K, 1)
 
 
+class ReadThroughAView(Sorted):
+    """The sum is written in place and read through a view made before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x).softmax(-1).topk(K)
+        out = torch.zeros_like(x)
+        view = out.view(-1, H)
+        tokens = torch.arange(x.shape[0]).repeat_interleave(K)
+        gate, up = self.split(self.times(self.gate_up, None, ids.flatten(), x[tokens]))
+        out.index_add_(0, tokens, self.times(self.down, None, ids.flatten(), silu(gate, up)) * weights.reshape(-1, 1))
+        return view
+
+
+class InputChangedBetween(Batched):
+    """The experts read the input after it was changed in place."""
+
+    def rows(self, x: Tensor) -> Tensor:
+        return x.repeat_interleave(K, dim=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        view = x[:]
+        weights, ids = self.router(x).softmax(-1).topk(K)
+        view.mul_(2)
+        flat = ids.reshape(-1)
+        gate, up = self.split(self.times(self.gate_up, None, flat, self.rows(x)))
+        return self.weigh(self.times(self.down, None, flat, self.act(gate, up)), weights)
+
+
+class DoubleBias(Batched):
+    def times(self, stack: Tensor, bias: Tensor | None, ids: Tensor, rows: Tensor) -> Tensor:
+        assert bias is not None
+        return torch.add(super().times(stack, None, ids, rows), bias[ids], alpha=2)
+
+
+class Rounded(Batched):
+    """Rounds on the way, and means to."""
+
+    def times(self, stack: Tensor, bias: Tensor | None, ids: Tensor, rows: Tensor) -> Tensor:
+        return super().times(stack, bias, ids, rows.to(torch.float8_e4m3fn).to(torch.float32))
+
+
 UNKNOWN: dict[str, Batched] = {
     "tanh": Batched(lambda g, u: torch.tanh(g) * u),
     "gate used twice": Batched(lambda g, u: F.silu(g) * g),
@@ -143,6 +185,10 @@ UNKNOWN: dict[str, Batched] = {
     "weights squared": OtherWeights(),
     "picks of other tokens": WrongGrouping(),
     "rows of other tokens": WrongRows(),
+    "read through a view": ReadThroughAView(),
+    "input changed between": InputChangedBetween(),
+    "twice the bias": DoubleBias(bias=True),
+    "rounded on the way": Rounded(),
 }
 
 

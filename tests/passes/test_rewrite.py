@@ -138,6 +138,57 @@ def test_what_resembles_routing_is_reported_with_its_reason(cls: type[layers.Lay
     assert words in skip.reason
 
 
+class InputWeighted(layers.Layer):
+    """The weight multiplies what goes in; experts with biases give something even for 0."""
+
+    def run(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        hidden = torch.einsum("tkh,tkhi->tki", x.unsqueeze(1) * weights.unsqueeze(-1), self.up[ids])
+        return torch.einsum("tki,tkih->th", (hidden + 1).sigmoid(), self.down[ids])
+
+
+class LateSoftmax(layers.Layer):
+    """The weights become weights in another shape than the ids'."""
+
+    def run(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return super().run(x, ids, weights.unsqueeze(-1).softmax(1).squeeze(-1))
+
+
+class NormalisedAfter(layers.Layer):
+    """The experts' sum is divided by the sum of the weights."""
+
+    def run(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return super().run(x, ids, weights) / weights.view(-1, layers.K).sum(-1, keepdim=True)
+
+
+class DropsLow(layers.Layer):
+    """Low weights are dropped by the model itself."""
+
+    def run(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        kept = torch.where(weights >= weights.mean(-1, keepdim=True), weights, 0.0)
+        return super().run(x, ids, kept / kept.sum(-1, keepdim=True))
+
+
+class ChangedBetween(layers.Layer):
+    """The router's input is changed in place before the weights are final."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        view = x[:]
+        logits = self.router(x)
+        view.mul_(2)
+        weights, ids = logits.softmax(-1).topk(layers.K)
+        return self.run(x, ids, weights)
+
+
+@pytest.mark.parametrize("cls", [InputWeighted, LateSoftmax, NormalisedAfter, DropsLow, ChangedBetween])
+def test_beam_keeps_away_where_a_weight_of_zero_would_not_mean_off(cls: type[layers.Layer]) -> None:
+    layer, x, artifact = make(cls)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(layer, x, moe_fx.BEAM(artifact, tau=0.6)), layer(x))
+    assert moe_fx.last_report().ops_after["moe_fx.beam_mask"] == 0
+    assert any(s.routing for s in moe_fx.last_report().skips)
+
+
 def test_ops_before_and_after() -> None:
     layer, x, artifact = make(layers.GatheredBiased)
     compiled(layer, x, [moe_fx.BEAM(artifact), moe_fx.SERE(artifact, primary=1)])

@@ -274,6 +274,49 @@ class Median(Layer):
         return x - self.router(x).sort(dim=-1, descending=True).values[..., E // 2, None]
 
 
+class OneHotScores(Layer):
+    """The weights are looked up by the ids through a one-hot product, so they would change with the ids."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.router(x).softmax(-1)
+        ids = scores.topk(K).indices
+        return ids, (F.one_hot(ids, E) * scores.unsqueeze(1)).sum(-1)
+
+
+class MaskedIds(Layer):
+    """Padding is switched off after the selection, and must not vote for primary experts."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        ids, weights = super().route(x)
+        return ids.masked_fill((x[:, :1] < 0), 0), weights
+
+
+class PromptPool(Layer):
+    """Prompts [E, ., H] picked by similarity: nothing goes through them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x).softmax(-1).topk(K)
+        return x + torch.einsum("tkih,tk->th", self.down[ids], weights)
+
+
+class KWinners(Layer):
+    """A sparse activation: the k largest units of a hidden layer stay, then a product with a stack of as many rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, ids = self.router(x).topk(K)
+        sparse = torch.zeros(x.shape[0], E).scatter(1, ids, values)
+        return torch.einsum("te,eih->th", sparse, self.down)
+
+
+class ClassCounts(Layer):
+    """Predictions counted class by class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = self.router(x).topk(K).indices
+        return torch.stack([(ids == c).sum() for c in range(E)]).float()
+
+
 LEFT_ALONE: tuple[type[Layer], ...] = (
     Sampler, Indexer, ExpertChoice, NucleusRouting, GroupOnly, SmallestPicks, ShiftedIds, Median,
+    OneHotScores, MaskedIds, PromptPool, KWinners, ClassCounts,
 )  # fmt: skip
