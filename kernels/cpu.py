@@ -117,6 +117,26 @@ def beam_mask(topk_weights: Tensor, topk_ids: Tensor, mask_logits: Tensor, tau: 
     return _switch_off(topk_weights, on), torch.from_numpy(new_ids).contiguous()
 
 
+def topk_sere(
+    scores: Tensor,
+    k: int,
+    similarity: Tensor,
+    primary: int,
+    threshold: float,
+    valid_tokens: Tensor | None = None,
+    max_tokens: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``reference.topk_sere``."""
+    values, ids = reference.top_k(scores, k)
+    return values, ids, sere_reroute(ids, similarity, primary, threshold, valid_tokens, max_tokens)
+
+
+def topk_beam(scores: Tensor, k: int, mask_logits: Tensor, tau: float) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``reference.topk_beam``."""
+    values, ids = reference.top_k(scores, k)
+    return values, ids, beam_mask(values, ids, mask_logits, tau)[1]
+
+
 def fold_masked(topk_weights: Tensor, topk_ids: Tensor) -> tuple[Tensor, Tensor]:
     """See ``reference.fold_masked``."""
     if np is None:

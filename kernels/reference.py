@@ -109,6 +109,53 @@ def beam_mask(topk_weights: Tensor, topk_ids: Tensor, mask_logits: Tensor, tau: 
     return torch.where(on, topk_weights, 0), torch.where(on, topk_ids, -1)
 
 
+def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest scores of each row and their experts, [T, K] each, in descending order.
+
+    As ``torch.topk``, NaN is above all numbers; unlike it, the lower expert id comes first where scores are equal.
+    """
+    values, ids = scores.sort(dim=-1, descending=True, stable=True)
+    return values[:, :k].contiguous(), ids[:, :k].contiguous()
+
+
+def topk_sere(
+    scores: Tensor,
+    k: int,
+    similarity: Tensor,
+    primary: int,
+    threshold: float,
+    valid_tokens: Tensor | None = None,
+    max_tokens: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``top_k`` and ``sere_reroute`` of its ids: what a router does between its scores and its experts.
+
+    Args:
+        scores: [T, E], floating point.
+        k: K, at most E.
+
+    Returns:
+        The K largest scores, their experts (int64), and these experts after SERE, [T, K] each.
+    """
+    values, ids = top_k(scores, k)
+    return values, ids, sere_reroute(ids, similarity, primary, threshold, valid_tokens, max_tokens)
+
+
+def topk_beam(scores: Tensor, k: int, mask_logits: Tensor, tau: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``top_k`` and ``beam_mask`` of its ids.
+
+    Args:
+        scores: [T, E], floating point.
+        k: K, at most E.
+        mask_logits: [T, E_m], floating point.
+
+    Returns:
+        The K largest scores, their experts (int64), and the same with -1 for what is off, [T, K] each.  The scores of
+        picks that are off are not 0: weights are often made from those of all K picks, and only then masked.
+    """
+    values, ids = top_k(scores, k)
+    return values, ids, beam_mask(values, ids, mask_logits, tau)[1]
+
+
 def fold_masked(topk_weights: Tensor, topk_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Point every off pick (id < 0) at an expert that is read anyway, with weight 0, for kernels that do not know -1.
 

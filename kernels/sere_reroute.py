@@ -70,6 +70,39 @@ def _mark_primary_kernel(
     tl.store(is_primary_ptr + ids, tl.full([BLOCK_V], 1, tl.int32), mask=ids >= 0)  # all writers write the same
 
 
+@triton.jit
+def move_picks(
+    ids,  # [P]
+    is_secondary,  # bool [P]
+    is_primary,  # bool [BLOCK_E]
+    similarity_ptr,  # [E, E]
+    num_experts,
+    threshold,
+    HAS_THRESHOLD: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Where each pick goes [P], once the primary experts are known."""
+    expert = tl.arange(0, BLOCK_E)
+    lowest_primary = tl.min(tl.where(is_primary, expert, BLOCK_E), axis=0)  # BLOCK_E: there is none
+    may_move = is_secondary & (ids >= 0) & (ids < num_experts)
+    row = tl.where(may_move, ids, 0).to(tl.int64)
+    # [P, BLOCK_E]
+    similarity = tl.load(
+        similarity_ptr + row[:, None] * num_experts + expert[None, :],
+        mask=may_move[:, None] & is_primary[None, :],
+        other=float("-inf"),
+    ).to(tl.float32)
+    similarity = tl.where(similarity == similarity, similarity, float("-inf"))  # NaN counts as -inf
+    best = tl.max(similarity, axis=1)  # [P]
+    target = tl.min(tl.where(similarity == best[:, None], expert[None, :], BLOCK_E), axis=1)  # the lowest of equals
+    target = tl.where(best == float("-inf"), lowest_primary, target)  # all equal, also to those that are not primary
+    stays = tl.max(((expert[None, :] == row[:, None]) & is_primary[None, :]).to(tl.int32), axis=1)  # [P]
+    may_move = may_move & (stays == 0) & (target < num_experts)
+    if HAS_THRESHOLD:
+        may_move = may_move & (best >= threshold)
+    return tl.where(may_move, target.to(ids.dtype), ids)
+
+
 @triton.jit(do_not_specialize=["num_picks", "num_votes", "threshold"])
 def _sere_reroute_kernel(
     topk_ids_ptr,  # [T, K]
@@ -100,27 +133,13 @@ def _sere_reroute_kernel(
         is_primary = tl.max(hits, axis=1) > 0  # [BLOCK_E]
     else:
         is_primary = tl.load(is_primary_ptr + expert, mask=expert < num_experts, other=0) > 0  # [BLOCK_E]
-    lowest_primary = tl.min(tl.where(is_primary, expert, BLOCK_E), axis=0)  # BLOCK_E: there is none
 
     pick = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     ids = tl.load(topk_ids_ptr + pick, mask=pick < num_picks, other=-1)  # [BLOCK_P]
-    may_move = (pick % K >= S) & (ids >= 0) & (ids < num_experts)
-    row = tl.where(may_move, ids, 0).to(tl.int64)
-    # [BLOCK_P, BLOCK_E]
-    similarity = tl.load(
-        similarity_ptr + row[:, None] * num_experts + expert[None, :],
-        mask=may_move[:, None] & is_primary[None, :],
-        other=float("-inf"),
-    ).to(tl.float32)
-    similarity = tl.where(similarity == similarity, similarity, float("-inf"))  # NaN counts as -inf
-    best = tl.max(similarity, axis=1)  # [BLOCK_P]
-    target = tl.min(tl.where(similarity == best[:, None], expert[None, :], BLOCK_E), axis=1)  # the lowest of equals
-    target = tl.where(best == float("-inf"), lowest_primary, target)  # all equal, also to those that are not primary
-    stays = tl.max(((expert[None, :] == row[:, None]) & is_primary[None, :]).to(tl.int32), axis=1)  # [BLOCK_P]
-    may_move = may_move & (stays == 0) & (target < num_experts)
-    if HAS_THRESHOLD:
-        may_move = may_move & (best >= threshold)
-    tl.store(new_ids_ptr + pick, tl.where(may_move, target.to(ids.dtype), ids), mask=pick < num_picks)
+    new_ids = move_picks(
+        ids, pick % K >= S, is_primary, similarity_ptr, num_experts, threshold, HAS_THRESHOLD, BLOCK_E
+    )
+    tl.store(new_ids_ptr + pick, new_ids, mask=pick < num_picks)
 
 
 def sere_reroute(

@@ -37,6 +37,7 @@ __all__ = [
     "explain",
     "last_report",
     "reset_stats",
+    "rewrite_exported",
     "stats",
 ]
 
@@ -45,14 +46,20 @@ _LAZY = {
     "Report": "moe_fx.report",
     "explain": "moe_fx.backend",
     "last_report": "moe_fx.backend",
+    "rewrite_exported": "moe_fx.exported",
 }
 
 
+_SUBPACKAGES = ("vllm",)
+
+
 def __getattr__(name: str) -> object:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'moe_fx' has no attribute {name!r}")
     import importlib
 
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"moe_fx.{name}")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'moe_fx' has no attribute {name!r}")
     value = getattr(importlib.import_module(_LAZY[name]), name)
     globals()[name] = value
     return value

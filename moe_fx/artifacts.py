@@ -27,15 +27,22 @@ FORMAT = 1
 _FORMAT_KEY = "moe_fx.format"
 _VERSIONS_KEY = "moe_fx.versions"
 _RESERVED_PREFIX = "moe_fx."
+_SAMPLED = 64  # weights that an artifact remembers of its model
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 # What each kind of tensor looks like, and how a user gets a good one.
-_KIND_TO_SHAPE = {"similarity": "[E, E]", "mask_router": "[E, H]"}
+_KIND_TO_SHAPE = {
+    "similarity": "[E, E]",
+    "mask_router": "[E, H]",
+    "fold_scale": "[E, E]",
+    "fold_gain": "[E, E]",
+    "coactivation": "[E, E]",
+}
+_RECALIBRATE = "recalibrate with 'moe-fx calibrate' or moe_fx.calibrate(model, batches)"
 _KIND_TO_REMEDY = {
-    "similarity": "recalibrate with 'moe-fx calibrate' or moe_fx.calibrate(model, batches)",
+    **dict.fromkeys(_KIND_TO_SHAPE, _RECALIBRATE),
     "mask_router": "retrain it with 'moe-fx train-beam' or moe_fx.beam",
 }
-_RECALIBRATE = _KIND_TO_REMEDY["similarity"]
 
 
 class ArtifactError(ValueError):
@@ -50,10 +57,12 @@ class Artifact:
 
     Args:
         sites: site name -> kind -> tensor.  ``similarity`` is [E, E], and similarity[u, v] says how well expert v
-            stands in for expert u.  ``mask_router`` is [E, H].  All values are finite.
+            stands in for expert u.  ``mask_router`` is [E, H].  ``fold_scale``, ``fold_gain`` and ``coactivation`` are
+            [E, E], as ``moe_fx.kernels.baselines`` describes them.  All values are finite.
         metadata: anything JSON can hold, under string keys.  Entries with a meaning here: ``model`` (from
             ``model_identity``) and ``hidden_sizes`` (site name -> H), both compared by ``validate`` and the second by
-            ``tensor`` too; ``metric``, ``calibrated_on`` and ``command`` are kept for people.
+            ``tensor`` too; ``tuned`` (site name -> [S, threshold]), which ``SERE`` takes where it is given neither;
+            ``metric``, ``calibrated_on`` and ``command`` are kept for people.
 
     Raises:
         ArtifactError: unknown kind, wrong shape or dtype, NaN or infinity, two names for one site, or metadata that
@@ -158,17 +167,11 @@ class Artifact:
         Raises:
             ArtifactError: the path is a directory or a device, its directory is missing, or writing fails.
         """
-        import safetensors.torch
-
         file = _as_path(path)
         tensors = {f"{name}/{kind}": tensor for name, kinds in self._sites.items() for kind, tensor in kinds.items()}
         header = {key: json.dumps(value) for key, value in self._metadata.items()}
         header |= {_FORMAT_KEY: json.dumps(FORMAT), _VERSIONS_KEY: json.dumps(dict(self._versions))}
-        try:
-            _check_writable(file)
-            _write_atomically(file.resolve(), safetensors.torch.save(tensors, metadata=header))  # links stay links
-        except OSError as error:
-            raise ArtifactError(f"cannot save to {file}: {error}; what was there before is unchanged") from error
+        write_safetensors(file, tensors, header)
         return file
 
     def tensor(self, site_name: str, kind: str, num_experts: int, hidden_size: int | None = None) -> Tensor:
@@ -251,6 +254,7 @@ class Artifact:
 
     def _problems_with_model(self, model: nn.Module) -> Iterator[str]:
         yield from _other_model(self._metadata.get("model"), model)
+        yield from _other_revision(self._metadata.get("weights_sample"), model)
         name_to_module = _modules_by_name(model)
         listed = {id(name_to_module[name]) for name in self._sites if name in name_to_module}
         router_names: dict[type, set[str]] = {}
@@ -301,6 +305,74 @@ def model_identity(model: nn.Module) -> dict[str, object]:
     return identity | ({"name_or_path": str(name_or_path)} if name_or_path else {})
 
 
+def weights_sample(model: nn.Module) -> list[float]:
+    """A few of a model's weights, for an artifact's metadata: another training of the same architecture has others."""
+    named = sorted(_unwrap(model).named_parameters(), key=lambda named: named[0])  # of matrices: what norms learn hardly moves
+    learned = [p for _, p in named if p.is_floating_point() and p.dim() > 1 and p.numel() and not p.is_meta]
+    chosen = [learned[i * len(learned) // _SAMPLED] for i in range(_SAMPLED)] if learned else []
+    places = [(p, p.numel() * (2 * i + 1) // (2 * _SAMPLED)) for i, p in enumerate(chosen)]
+    return [float(f"{float(p.detach()[_unravelled(place, p.shape)]):.6g}") for p, place in places]
+
+
+def _unravelled(place: int, shape: torch.Size) -> tuple[int, ...]:
+    index: list[int] = []
+    for size in reversed(shape):
+        index.append(place % size)
+        place //= size
+    return tuple(reversed(index))
+
+
+def _other_revision(recorded: object, model: nn.Module) -> Iterator[str]:
+    """A problem if the weights are not those the artifact was made on, other than by rounding to a shorter format."""
+    if not isinstance(recorded, list) or not recorded:
+        return
+    now = weights_sample(model)
+    if len(now) == len(recorded) and not all(abs(a - b) <= 0.005 * abs(a) + 1e-6 for a, b in zip(recorded, now, strict=True)):
+        yield "it was made on another revision of this model: some of its weights differ"
+
+
+def write_safetensors(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Raises:
+        ArtifactError: the path is a directory or a device, its directory is missing, or writing fails.
+    """
+    import safetensors.torch
+
+    try:
+        _check_writable(file)
+        content = _with_sorted_header(safetensors.torch.save(dict(tensors), metadata=dict(header)))
+        _write_atomically(file.resolve(), content)  # links stay links
+    except OSError as error:
+        raise ArtifactError(f"cannot save to {file}: {error}; what was there before is unchanged") from error
+
+
+def _with_sorted_header(content: bytes) -> bytes:
+    """The same file with its header's entries in order: the library writes them in any, and equal files would differ."""
+    length_bytes = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length_bytes])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + length_bytes :]
+
+
+def read_safetensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The header's entries and the tensors of a safetensors file.
+
+    Raises:
+        ArtifactError: the file is missing, cut off or not safetensors.
+    """
+    import safetensors.torch
+
+    try:
+        _check_readable(file)
+        header = _read_header(file).get("__metadata__", {})
+        return dict(header), safetensors.torch.load_file(str(file))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ArtifactError(f"{file}: {error}") from None
+
+
 def _check_name(given: object) -> str:
     if not isinstance(given, str):
         raise ArtifactError(f"a site's name must be a str such as 'model.layers.3.mlp', but got {_show(given)}")
@@ -332,7 +404,7 @@ def _check_tensor(name: str, kind: object, tensor: object) -> Tensor:
     shape = list(tensor.shape)
     if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
         raise ArtifactError(f"{wanted} with values, but got {_show(tensor)}: {remedy}")
-    if len(shape) != 2 or 0 in shape or (kind == "similarity" and shape[0] != shape[1]):
+    if len(shape) != 2 or 0 in shape or (kind != "mask_router" and shape[0] != shape[1]):
         raise ArtifactError(f"{wanted}, but it is {shape}: {remedy}")
     with torch.inference_mode(False), torch.no_grad():  # a tensor made in inference mode could not be trained later
         copy = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()

@@ -14,6 +14,7 @@ from torch import fx, nn
 from moe_fx.pipeline import Settings, run
 from moe_fx.policy import BEAM, Policy, from_config
 from moe_fx.report import Report
+from moe_fx.site import Skip
 from moe_fx.tables import roots_on_stack
 
 
@@ -29,6 +30,7 @@ OPTIONS = {
     "mode": "torch.compile's mode for the Inductor inner compiler (torch.compile takes its own mode only without options)",
     "strict": "True or False: whether a real router that cannot be rewritten is an error",
     "fuse_experts": "True or False: whether experts that are recognised run as one op (default: on CPU only)",
+    "fuse_routing": "True or False: whether a top-K and the policy behind it run as one op (default: on CUDA only)",
     "stats": "True or False: whether to count active experts while the model runs (read them with moe_fx.stats())",
 }
 
@@ -67,11 +69,12 @@ def _parse(options: Mapping[str, Any], mode: str | None) -> tuple[Settings, Call
             near = difflib.get_close_matches(str(key), OPTIONS, n=1)
             hint = f" (did you mean '{near[0]}'?)" if near else ""
             raise OptionError(f"unknown option '{key}' for backend moe_sparse{hint}: known are {', '.join(OPTIONS)}")
-    for key in ("strict", "stats", "fuse_experts"):
+    for key in ("strict", "stats", "fuse_experts", "fuse_routing"):
         if key in options and not isinstance(options[key], bool):
             raise OptionError(f"option '{key}' is {options[key]!r}, expected {OPTIONS[key]}")
     flags = {"strict": options.get("strict", False), "stats": options.get("stats", False)}
-    settings = Settings(_policies(options.get("policy")), **flags, fuse=options.get("fuse_experts"))
+    fuse: dict[str, Any] = {"fuse": options.get("fuse_experts"), "fuse_routing": options.get("fuse_routing")}
+    settings = Settings(_policies(options.get("policy")), **flags, **fuse)
     inner = _inner_compiler(options.get("inner", "inductor"), options.get("inner_options"), options.get("mode", mode))
     return settings, inner
 
@@ -158,7 +161,16 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     _forget()
     _Latest.report = report = Report()
     compiled(*args, **kwargs)
-    return report if report.graphs else last_report()
+    report = report if report.graphs else last_report()
+    if not report.graphs:
+        report.add([], [Skip("", _NOTHING_CAPTURED)])
+    return report
+
+
+_NOTHING_CAPTURED = (
+    "Dynamo captured no graph, so nothing could be found: a graph break inside a loop makes it give up the whole function; "
+    "torch.compile(..., fullgraph=True) shows where, or captures it"
+)
 
 
 def _options_of(model: object) -> dict[str, Any]:

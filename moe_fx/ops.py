@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fx.kernels import cpu, experts_cpu, reference
+from moe_fx.kernels import baselines, cpu, experts_cpu, reference
 
 # Checks: of dtypes and shapes only, so that they hold for fake tensors too and never wait for a device.
 
@@ -51,6 +51,12 @@ def _check_sere_reroute(
     max_tokens: int | None = None,
 ) -> None:
     _check_picks(topk_ids)
+    _check_sere(similarity, primary)
+    if valid_tokens is not None:
+        _check_valid_tokens(topk_ids, valid_tokens)
+
+
+def _check_sere(similarity: Tensor, primary: int) -> None:
     if similarity.dim() != 2 or similarity.shape[0] != similarity.shape[1]:
         raise ValueError(
             f"similarity must be [experts, experts], but it is {list(similarity.shape)}: "
@@ -60,33 +66,69 @@ def _check_sere_reroute(
         raise TypeError(f"similarity must be floating point, but it is {similarity.dtype}: cast it")
     if primary < 1:
         raise ValueError(f"primary must be at least 1, but it is {primary}: some pick of a token must keep its expert")
-    if valid_tokens is not None:
-        _check_valid_tokens(topk_ids, valid_tokens)
 
 
-def _check_valid_tokens(topk_ids: Tensor, valid_tokens: Tensor) -> None:
+def _check_valid_tokens(rows: Tensor, valid_tokens: Tensor) -> None:
     if valid_tokens.dtype == torch.bool:
-        fits = valid_tokens.dim() == 1 and valid_tokens.shape[0] == topk_ids.shape[0]
+        fits = valid_tokens.dim() == 1 and valid_tokens.shape[0] == rows.shape[0]
     else:
         fits = valid_tokens.numel() == 1 and valid_tokens.dtype in (torch.int32, torch.int64)
     if not fits:
         raise ValueError(
-            f"valid_tokens must be bool [{topk_ids.shape[0]}], or int32 or int64 with one element, but it is "
+            f"valid_tokens must be bool [{rows.shape[0]}], or int32 or int64 with one element, but it is "
             f"{valid_tokens.dtype} {list(valid_tokens.shape)}: give a mask of the real tokens or their number"
         )
 
 
 def _check_beam_mask(topk_weights: Tensor, topk_ids: Tensor, mask_logits: Tensor, tau: float) -> None:
     _check_weighted_picks(topk_weights, topk_ids)
-    if mask_logits.dim() != 2 or mask_logits.shape[0] != topk_ids.shape[0] or mask_logits.shape[1] < 1:
+    _check_beam(topk_ids, mask_logits, tau)
+
+
+def _check_beam(rows: Tensor, mask_logits: Tensor, tau: float) -> None:
+    if mask_logits.dim() != 2 or mask_logits.shape[0] != rows.shape[0] or mask_logits.shape[1] < 1:
         raise ValueError(
-            f"mask_logits must be [{topk_ids.shape[0]}, experts], but it is {list(mask_logits.shape)}: "
+            f"mask_logits must be [{rows.shape[0]}, experts], but it is {list(mask_logits.shape)}: "
             "give one row of logits per token"
         )
     if not mask_logits.is_floating_point():
         raise TypeError(f"mask_logits must be floating point, but it is {mask_logits.dtype}: cast it")
     if not 0 < tau < 1:
         raise ValueError(f"tau must lie between 0 and 1, both excluded, but it is {tau}: 0.5 is the usual value")
+
+
+def _check_scores(scores: Tensor, k: int) -> None:
+    if scores.dim() != 2:
+        raise ValueError(f"scores must be [tokens, experts], but it is {list(scores.shape)}: flatten its tokens")
+    if not scores.is_floating_point():
+        raise TypeError(f"scores must be floating point, but it is {scores.dtype}: cast it")
+    if not 1 <= k <= scores.shape[1]:
+        raise ValueError(f"k must be from 1 to the number of experts, {scores.shape[1]}, but it is {k}")
+
+
+def _check_topk_sere(
+    scores: Tensor,
+    k: int,
+    similarity: Tensor,
+    primary: int,
+    threshold: float,
+    valid_tokens: Tensor | None = None,
+    max_tokens: int | None = None,
+) -> None:
+    _check_scores(scores, k)
+    _check_sere(similarity, primary)
+    if valid_tokens is not None:
+        _check_valid_tokens(scores, valid_tokens)
+
+
+def _check_topk_beam(scores: Tensor, k: int, mask_logits: Tensor, tau: float) -> None:
+    _check_scores(scores, k)
+    _check_beam(scores, mask_logits, tau)
+
+
+def _fake_topk(scores: Tensor, k: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    values = scores.new_empty(scores.shape[0], k)
+    return values, torch.empty_like(values, dtype=torch.int64), torch.empty_like(values, dtype=torch.int64)
 
 
 def _check_count_active(topk_ids: Tensor, num_experts: int) -> None:
@@ -188,6 +230,18 @@ def _beam_mask_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, T
     slope = grad.to(wide) * topk_weights.to(wide) * probability * (1 - probability)  # [T, K]
     grad_logits = torch.zeros_like(mask_logits, dtype=wide).scatter_add(1, row, torch.where(has_row, slope, 0))
     return grad_weights, None, grad_logits.to(mask_logits.dtype), None
+
+
+def _save_for_topk(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.shape, ctx.num_inputs = inputs[0].shape, len(inputs)
+
+
+def _topk_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    """Of the values, to the scores they are; the ids have none, and so mask logits learn by ``beam_mask`` only."""
+    (topk_ids,) = ctx.saved_tensors
+    grad_scores = grad.new_zeros(ctx.shape).scatter(1, topk_ids, grad)
+    return grad_scores, *[None] * (ctx.num_inputs - 1)
 
 
 def _save_for_fold_masked(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -323,6 +377,27 @@ def _define_all() -> None:
     )
     _define(
         library,
+        "topk_sere",
+        "(Tensor scores, int k, Tensor similarity, int primary, float threshold, Tensor? valid_tokens=None, "
+        "int? max_tokens=None) -> (Tensor, Tensor, Tensor)",
+        _check_topk_sere,
+        on_cpu=cpu.topk_sere,
+        on_cuda=_triton("topk_sere"),
+        fake=_fake_topk,
+    )
+    _define(
+        library,
+        "topk_beam",
+        "(Tensor scores, int k, Tensor mask_logits, float tau) -> (Tensor, Tensor, Tensor)",
+        _check_topk_beam,
+        on_cpu=cpu.topk_beam,
+        on_cuda=_triton("topk_beam"),
+        fake=_fake_topk,
+    )
+    for name in ("topk_sere", "topk_beam"):
+        torch.library.register_autograd(f"moe_fx::{name}", _topk_backward, setup_context=_save_for_topk, lib=library)
+    _define(
+        library,
         "count_active",
         "(Tensor topk_ids, int num_experts) -> Tensor",
         _check_count_active,
@@ -355,7 +430,35 @@ def _define_all() -> None:
         on_cuda=_fused_experts_backward,
         fake=_fake_fused_experts_backward,
     )
+    _define_baselines(library)
     _LIBRARIES.append(library)
+
+
+def _define_baselines(library: torch.library.Library) -> None:
+    """The ops of ``moe_fx.kernels.baselines``: one function in plain torch is the kernel on every device."""
+    picks, scores = "(Tensor topk_weights, Tensor topk_ids, {}) -> (Tensor, Tensor)", "(Tensor scores, {}) -> Tensor"
+    schemas = {
+        "smaller_k": picks.format("int k, bool renormalise"),
+        "drop": picks.format("int num_experts, int primary, bool renormalise"),
+        "top_p": picks.format("float p"),
+        "naee_skip": picks.format("float ratio"),
+        "exfold": picks.format("Tensor fold_scale, Tensor fold_gain, int primary"),
+        "prune": picks.format("Tensor coactivation, int keep, bool renormalise"),
+        "only_frequent": scores.format("Tensor coactivation, int keep, float fill"),
+        "only_first_picks": scores.format("int primary, float fill"),
+    }
+    for name, schema in schemas.items():
+        function: Callable[..., Any] = getattr(baselines, name)
+        on_picks = schema.startswith("(Tensor topk_weights")
+        _define(
+            library,
+            name,
+            schema,
+            (lambda weights, ids, *_: _check_weighted_picks(weights, ids)) if on_picks else (lambda *_: None),
+            on_cpu=function,
+            on_cuda=function,
+            fake=(lambda weights, ids, *_: (_like(weights), _like(ids))) if on_picks else (lambda scores, *_: _like(scores)),
+        )
 
 
 # The registrations live as long as their Library.  A second import of this module must not define the ops again; the

@@ -2,12 +2,43 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from torch import Tensor, nn
 from torch.fx.node import Node
 
 from moe_fx.passes.graph import source_name
 from moe_fx.site import Layers, Site, normal_name
 from moe_fx.tables import parameter_name, roots_on_stack, tensors
+
+
+class SiteOwner(Protocol):
+    """What the pipeline asks of the modules behind a graph."""
+
+    roots: list[nn.Module]
+
+    def layers(self, weight: Node, site: Site) -> Layers:
+        """Which layers run the graph that ``weight`` (a router's) is an input of."""
+        ...
+
+    def expert_block(self, weight: Node, num_experts: int) -> str | None:
+        """The smallest module around a router's weight that holds ``num_experts`` experts, as the graph names it."""
+        ...
+
+
+class GraphOwner:
+    """No modules: the graph is of a whole model and tells everything itself, as an exported program does."""
+
+    def __init__(self) -> None:
+        self.roots: list[nn.Module] = []
+
+    def layers(self, weight: Node, site: Site) -> Layers:
+        """One layer: the graph is nobody else's."""
+        return Layers()
+
+    def expert_block(self, weight: Node, num_experts: int) -> str | None:
+        """None: what the graph does not show cannot be known."""
+        return None
 
 
 class ModuleOwner:
@@ -26,7 +57,10 @@ class ModuleOwner:
         return next(iter([*named, *candidates]), Layers())
 
     def expert_block(self, weight: Node, num_experts: int) -> str | None:
-        """The smallest module around a router's weight that holds ``num_experts`` experts, as the graph names it."""
+        """The smallest module around a router's weight that holds ``num_experts`` experts, as the graph names it.
+
+        Where Dynamo compiles the router's own forward, that is the module that owns the router: the graph's root.
+        """
         tensor, relative = _real_tensor(weight), normal_name(source_name(weight) or "")
         for root in self.roots:
             full = parameter_name(root, tensor) if tensor is not None else None
@@ -38,6 +72,8 @@ class ModuleOwner:
                 path = path.rpartition(".")[0]
                 if _holds_experts(_submodule(root, ".".join(p for p in (prefix, path) if p)), tensor, num_experts):
                     return path
+            if prefix and _holds_experts(_submodule(root, prefix.rpartition(".")[0]), tensor, num_experts):
+                return ""
         return None
 
 
@@ -72,14 +108,21 @@ def _submodule(root: nn.Module, path: str) -> nn.Module | None:
 
 
 def _holds_experts(block: nn.Module | None, router_weight: Tensor | None, num_experts: int) -> bool:
-    """Whether a module holds ``num_experts`` experts: stacked weights, or a list of as many modules."""
+    """Whether a module holds ``num_experts`` experts: stacked weights, or a list of as many modules.
+
+    Weights stacked along their rows, [E * I, H], count where their module also says the number of its experts.
+    """
     if block is None:
         return False
     for name, module in block.named_modules():
         listed = isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(module) == num_experts
         if listed and "expert" in name.lower():  # a list of layers may be as long
             return True
-        own = [] if isinstance(module, nn.modules.conv._ConvNd) else module.parameters(recurse=False)
+        own = [] if isinstance(module, nn.modules.conv._ConvNd) else [*module.parameters(recurse=False)]
         if any(p.dim() == 3 and p.shape[0] == num_experts for p in own if p is not router_weight):
+            return True
+        says = any("num_experts" in key and number == num_experts for key, number in vars(module).items())
+        in_rows = [p.dim() == 2 and p.shape[0] > num_experts and p.shape[0] % num_experts == 0 for p in own]
+        if says and len(own) >= 2 and all(in_rows):
             return True
     return False

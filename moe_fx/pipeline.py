@@ -11,12 +11,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from moe_fx.owner import ModuleOwner
+from moe_fx.owner import ModuleOwner, SiteOwner
 from moe_fx.passes.bind import Binder
+from moe_fx.passes.bodies import checkpointed_bodies, put_back
 from moe_fx.passes.check import check
-from moe_fx.passes.find_sites import Routing, find_sites
-from moe_fx.passes.fuse_experts import Experts, recognise
-from moe_fx.passes.graph import fake, qualified_op
+from moe_fx.passes.find_sites import SELECTIONS, Routing, find_sites
+from moe_fx.passes.fuse_experts import recognise, runs_our_op
+from moe_fx.passes.fuse_routing import fuse_routing
+from moe_fx.passes.graph import fake, plain_name, qualified_op
+from moe_fx.passes.mlp import Experts
 from moe_fx.passes.normalize import NormalizeError, normalize
 from moe_fx.passes.region import find_region
 from moe_fx.passes.reroute import reroute
@@ -39,12 +42,15 @@ class Settings:
         stats: whether active experts are counted while the model runs.
         fuse: whether a recognised experts region becomes one op, which does no work for a pick that is off.  None: on
             devices where that was measured to be faster, which is the CPU so far.
+        fuse_routing: whether a selection and the policy behind it become one op, where gradients are not needed.  None:
+            on CUDA devices, where every launch counts.
     """
 
     policies: tuple[Policy, ...] = (TopK(),)
     strict: bool = False
     stats: bool = False
     fuse: bool | None = None
+    fuse_routing: bool | None = None
 
     @property
     def changes_picks(self) -> bool:
@@ -54,11 +60,13 @@ class Settings:
     @property
     def switches_off(self) -> bool:
         """Whether a policy can leave picks that are off."""
-        return any(isinstance(p, BEAM) for p in self.policies)
+        return any(p.switches_off for p in self.policies)
 
 
 def run(gm: fx.GraphModule, settings: Settings, report: Report) -> fx.GraphModule:
-    """Dynamo graph -> normalize -> find_sites -> fuse_experts -> reroute -> check.  Records what it did in ``report``.
+    """Dynamo graph -> normalize -> find_sites -> fuse_experts -> reroute -> check -> fuse_routing.
+
+    Records what it did in ``report``.
 
     Returns the rewritten graph, or ``gm`` itself where nothing was rewritten.
 
@@ -67,6 +75,15 @@ def run(gm: fx.GraphModule, settings: Settings, report: Report) -> fx.GraphModul
         UnrewrittenError: with ``strict``, a real router was left alone.
     """
     report.graphs += 1
+    rewritten = False
+    for name, body in checkpointed_bodies(gm):
+        new = _rewrite_graph(body, settings, report)
+        rewritten = rewritten or new is not body
+        put_back(gm, name, new)
+    return gm if rewritten and not _selects(gm, inside=False) else _rewrite_graph(gm, settings, report)
+
+
+def _rewrite_graph(gm: fx.GraphModule, settings: Settings, report: Report) -> fx.GraphModule:
     if not _selects(gm):  # most graphs of a model that breaks, and all of one without experts, cost nothing more
         return _untouched(gm, report, [], _ops(gm))
     owner = ModuleOwner(known_sites=_known_sites(settings.policies))
@@ -76,18 +93,23 @@ def run(gm: fx.GraphModule, settings: Settings, report: Report) -> fx.GraphModul
     except NormalizeError as error:
         reason = f"the graph could not be read ({error}) and was compiled as it is"
         return _untouched(gm, report, [Skip("graph", reason)], _ops(gm))
-    before = _ops(new)
+    return new if rewrite(new, owner, settings, report) else gm
+
+
+def rewrite(gm: fx.GraphModule, owner: SiteOwner, settings: Settings, report: Report) -> bool:
+    """All steps after the first, on a graph of ATen ops, in place.  Returns whether anything was changed."""
+    before = _ops(gm)
     with _timed(report, "find"):
-        routings, skips = find_sites(new, owner)
+        routings, skips = find_sites(gm, owner)
         layers = {r: owner.layers(r.router.weight, r.site) for r in routings}
     with _timed(report, "fuse"):
-        experts = {r: found for r in routings if (found := _recognise(new, r, settings)) is not None}
+        experts = {r: found for r in routings if (found := _recognise(gm, r, settings)) is not None}
         skips += [Skip(r.site.name, f"{e}, so they stay as they are") for r, e in experts.items() if isinstance(e, str)]
     with _timed(report, "rewrite"):
-        binder = Binder(new, lambda r: layers[r], owner.roots)
+        binder = Binder(gm, lambda r: layers[r], owner.roots)
         done: dict[Routing, str] = {}
         for routing in routings:
-            outcome = _rewrite(new, routing, experts.get(routing), settings, binder)
+            outcome = _rewrite(gm, routing, experts.get(routing), settings, binder)
             if isinstance(outcome, Skip):
                 skips.append(outcome)
             else:
@@ -95,23 +117,34 @@ def run(gm: fx.GraphModule, settings: Settings, report: Report) -> fx.GraphModul
     _be_strict(settings, skips)
     report.add([s for r in done for s in _sites(r, layers[r], settings, done[r])], skips)
     rewritten = [r for r in done if settings.changes_picks or done[r] == "fused"]
-    if not rewritten:
-        return _untouched(gm, report, [], before)
-    with _timed(report, "check"):
-        check(new, rewritten)
-        new.recompile()
     report.ops_before += before
-    report.ops_after += _ops(new)
-    return new
+    if rewritten:
+        with _timed(report, "check"):
+            check(gm, rewritten)
+        with _timed(report, "rewrite"):
+            if _fuses_routing(gm, rewritten, settings):
+                fuse_routing(gm)
+            gm.recompile()
+    report.ops_after += _ops(gm) if rewritten else before
+    return bool(rewritten)
 
 
 def _recognise(gm: fx.GraphModule, routing: Routing, settings: Settings) -> Experts | str | None:
     """What a site's experts compute, why that could not be told, or None where they are not to be fused at all."""
     wanted = settings.fuse if settings.fuse is not None else fake(routing.selection.ids).device.type == "cpu"
-    if not wanted or _needs_gradients(gm, settings) or routing.cut.dense:
+    if (not wanted or _needs_gradients(gm, settings)) and not runs_our_op(routing):
         return None
     region = find_region(routing)
-    return recognise(routing, region) if region is not None else None
+    if region is not None:
+        return recognise(routing, region)
+    return "its experts' outputs never come together as one vector per token" if routing.experts is not None else None
+
+
+def _fuses_routing(gm: fx.GraphModule, rewritten: list[Routing], settings: Settings) -> bool:
+    wanted = settings.fuse_routing
+    if wanted is None:
+        wanted = any(fake(r.router.hidden).device.type == "cuda" for r in rewritten)
+    return wanted and not _needs_gradients(gm, settings)
 
 
 def _needs_gradients(gm: fx.GraphModule, settings: Settings) -> bool:
@@ -135,11 +168,11 @@ def _rewrite(
     return "fused" if known is not None else "folded" if settings.switches_off else "untouched"
 
 
-def _selects(gm: fx.GraphModule) -> bool:
+def _selects(gm: fx.GraphModule, inside: bool = True) -> bool:
     """Whether a graph, or one inside it, selects anything: without that there is no routing to find."""
-    graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)] if inside else [gm.graph]
     targets = {n.target for graph in graphs for n in graph.nodes}
-    return any(("topk" in name or "sort" in name) for t in targets for name in [t if isinstance(t, str) else str(t)])
+    return not SELECTIONS.isdisjoint(map(plain_name, targets))
 
 
 def _untouched(gm: fx.GraphModule, report: Report, skips: list[Skip], before: Counter[str]) -> fx.GraphModule:

@@ -1,5 +1,7 @@
 """Policies: what to do at a site.  ``TopK`` leaves the routing as it is, ``SERE`` and ``BEAM`` change it.
 
+The rest are what other papers do instead, to be measured beside SERE (``moe-fx eval --compare``).
+
 A new policy is a frozen dataclass below and an entry in ``POLICIES``; what it does to a graph is in
 ``passes/reroute.py``.
 """
@@ -20,6 +22,7 @@ import torch
 from torch import nn
 
 from moe_fx.artifacts import Artifact
+from moe_fx.site import normal_name
 
 
 class PolicyError(ValueError):
@@ -30,11 +33,15 @@ class PolicyError(ValueError):
 class Policy:
     """Base of all policies: immutable settings, equal when their values are.
 
-    ``name`` is what a configuration calls the policy; ``kind`` is the kind of tensor that it reads from its artifact.
+    ``name`` is what a configuration calls the policy; ``kind`` is the kind of tensor that it reads from its artifact;
+    ``switches_off`` says whether it may leave picks that are off, or change weights; ``needs_order`` whether the best
+    picks must come first.
     """
 
     name: ClassVar[str] = ""
     kind: ClassVar[str | None] = None
+    switches_off: ClassVar[bool] = False
+    needs_order: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if type(self) is Policy:
@@ -42,7 +49,7 @@ class Policy:
 
     def describe(self) -> str:
         """For reports, such as ``SERE(primary=2, threshold=0.3)``: no artifact, and nothing that is unset."""
-        is_set = {key: value for key, value in self._settings().items() if value is not None and value is not False}
+        is_set = {key: value for key, value in self._settings().items() if value not in (None, ()) and value is not False}
         shown = ", ".join(f"{key}={value}" for key, value in is_set.items())
         return f"{type(self).__name__}({shown})" if shown else type(self).__name__
 
@@ -65,6 +72,14 @@ class TopK(Policy):
     name: ClassVar[str] = "topk"
 
 
+class _DefaultInt(int):
+    """A default that can be told from the same number given by a user."""
+
+
+class _DefaultFloat(float):
+    """See ``_DefaultInt``."""
+
+
 @dataclass(frozen=True)
 class SERE(Policy):
     """Move secondary picks to the most similar expert that the batch reads anyway (arXiv 2602.07616).
@@ -72,9 +87,11 @@ class SERE(Policy):
     Args:
         artifact: ``similarity`` per site: an ``Artifact``, or the path of one, which is read at once.  It may be left
             out here, but not where the policy is applied.
-        primary: S, at least 1: how many of each token's best picks are primary, and never move.
-        threshold: in [-1, 1].  Above 0, a pick moves only to an expert at least this similar.
+        primary: S, at least 1: how many of each token's best picks are primary, and never move.  Default: 2.
+        threshold: in [-1, 1].  Above 0, a pick moves only to an expert at least this similar.  Default: 0.
         max_tokens: at least 1: batches of more tokens are left alone.  None: no limit.
+        layers: (site, S, threshold) for sites that have settings of their own.  Where this, ``primary`` and ``threshold``
+            are all left out, those that ``moe-fx tune`` wrote into the artifact.
 
     Raises:
         PolicyError: a setting outside its range, or an artifact without similarity.
@@ -83,17 +100,38 @@ class SERE(Policy):
 
     name: ClassVar[str] = "sere"
     kind: ClassVar[str | None] = "similarity"
+    needs_order: ClassVar[bool] = True
 
     artifact: Artifact | None = None
-    primary: int = 2
-    threshold: float = 0.0
+    primary: int = _DefaultInt(2)
+    threshold: float = _DefaultFloat(0.0)
     max_tokens: int | None = None
+    layers: tuple[tuple[str, int, float], ...] = ()
 
     def __post_init__(self) -> None:
+        left_out = isinstance(self.primary, _DefaultInt) and isinstance(self.threshold, _DefaultFloat) and not self.layers
         _set(self, "primary", _count(self, "primary"))
-        _set(self, "threshold", _number(self, "threshold", "in [-1, 1]", lambda value: -1 <= value <= 1))
+        _set(self, "threshold", _threshold(self, self.threshold))
         _set(self, "max_tokens", None if self.max_tokens is None else _count(self, "max_tokens"))
         _set(self, "artifact", _artifact(self))
+        _set(self, "layers", _layers(self, self._tuned() if left_out else self.layers))
+
+    def _tuned(self) -> object:
+        """What ``moe-fx tune`` wrote into the artifact; nothing where it never saw it."""
+        tuned = {} if self.artifact is None else self.artifact.metadata.get("tuned", {})
+        return [(site, *settings) for site, settings in tuned.items()] if isinstance(tuned, Mapping) else tuned
+
+    def at(self, site_name: str) -> tuple[int, float]:
+        """S and the threshold at a site."""
+        by_site = {site: (primary, threshold) for site, primary, threshold in self.layers}
+        return by_site.get(normal_name(site_name), (self.primary, self.threshold))
+
+    def describe(self) -> str:
+        """As for every policy; of settings by site only their number."""
+        if not self.layers:
+            return super().describe()
+        limit = "" if self.max_tokens is None else f", max_tokens={self.max_tokens}"
+        return f"SERE(tuned for {len(self.layers)} sites{limit})"
 
     def require_artifact(self) -> Artifact:
         """The artifact.
@@ -125,6 +163,7 @@ class BEAM(Policy):
 
     name: ClassVar[str] = "beam"
     kind: ClassVar[str | None] = "mask_router"
+    switches_off: ClassVar[bool] = True
 
     artifact: Artifact | None = None
     tau: float = 0.5
@@ -166,8 +205,116 @@ class BEAM(Policy):
         return list(self._masks.values())  # type: ignore[attr-defined]
 
 
+@dataclass(frozen=True)
+class Baseline(Policy):
+    """Base of the policies of other papers.  What each computes stands in ``kernels/baselines.py``, under ``op``.
+
+    ``tables`` are the kinds of tensor that the op reads, and ``settings`` the fields that follow them in its arguments.
+    """
+
+    switches_off: ClassVar[bool] = True
+    needs_order: ClassVar[bool] = True
+    op: ClassVar[str] = ""
+    tables: ClassVar[tuple[str, ...]] = ()
+    settings: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        if type(self) is Baseline:
+            raise PolicyError(f"Baseline is only the base: use one of {_class_names()}")
+        for key in self.settings:
+            check = _count if isinstance(getattr(type(self), key), int) else _share
+            _set(self, key, check(self, key))
+        if self.tables:
+            _set(self, "artifact", _artifact(self))
+
+
+@dataclass(frozen=True)
+class SmallerK(Baseline):
+    """Plain smaller K: only each token's first ``k`` picks, weighted as the model itself would with that K."""
+
+    name: ClassVar[str] = "smaller_k"
+    op: ClassVar[str] = "smaller_k"
+    settings: ClassVar[tuple[str, ...]] = ("k",)
+
+    k: int = 2
+
+
+@dataclass(frozen=True)
+class Drop(Baseline):
+    """SERE's primary experts with every other pick switched off: what SERE's moving is worth, seen from below."""
+
+    name: ClassVar[str] = "drop"
+    op: ClassVar[str] = "drop"
+    settings: ClassVar[tuple[str, ...]] = ("primary",)
+
+    primary: int = 2
+
+
+@dataclass(frozen=True)
+class TopP(Baseline):
+    """Top-p routing (arXiv 2403.07652): each token's best picks until they have the share ``p`` of its weight."""
+
+    name: ClassVar[str] = "top_p"
+    op: ClassVar[str] = "top_p"
+    settings: ClassVar[tuple[str, ...]] = ("p",)
+
+    p: float = 0.8
+
+
+@dataclass(frozen=True)
+class NAEE(Baseline):
+    """Dynamic skipping (arXiv 2402.14800): a pick is off where its weight is below ``ratio`` times the first pick's."""
+
+    name: ClassVar[str] = "naee"
+    op: ClassVar[str] = "naee_skip"
+    settings: ClassVar[tuple[str, ...]] = ("ratio",)
+
+    ratio: float = 0.5
+
+
+@dataclass(frozen=True)
+class OEA(Baseline):
+    """Opportunistic expert activation (arXiv 2511.02237): the first ``primary`` picks, and K in all of what others read."""
+
+    name: ClassVar[str] = "oea"
+    op: ClassVar[str] = "drop"
+    settings: ClassVar[tuple[str, ...]] = ("primary",)
+
+    primary: int = 2
+
+
+@dataclass(frozen=True)
+class ExFold(Baseline):
+    """A calibrated scalar fold (arXiv 2608.24938) of every other pick into SERE's primary experts."""
+
+    name: ClassVar[str] = "exfold"
+    kind: ClassVar[str | None] = "fold_scale"
+    op: ClassVar[str] = "exfold"
+    tables: ClassVar[tuple[str, ...]] = ("fold_scale", "fold_gain")
+    settings: ClassVar[tuple[str, ...]] = ("primary",)
+
+    artifact: Artifact | None = None
+    primary: int = 2
+
+
+@dataclass(frozen=True)
+class StaticPrune(Baseline):
+    """Static pruning by frequency: only the ``keep`` experts of each site that were picked most often."""
+
+    name: ClassVar[str] = "static_prune"
+    kind: ClassVar[str | None] = "coactivation"
+    op: ClassVar[str] = "prune"
+    tables: ClassVar[tuple[str, ...]] = ("coactivation",)
+    settings: ClassVar[tuple[str, ...]] = ("keep",)
+
+    artifact: Artifact | None = None
+    keep: int = 16
+
+
 # What a configuration can name.
-POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (TopK, SERE, BEAM)}
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy for policy in (TopK, SERE, BEAM, SmallerK, Drop, TopP, NAEE, OEA, ExFold, StaticPrune)
+}
 
 
 def from_config(config: object) -> tuple[Policy, ...]:
@@ -230,6 +377,9 @@ def _check_composition(policies: Sequence[Policy]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise PolicyError(f"policy '{name}' is given {names.count(name)} times: give it once")
+    baselines = [policy.name for policy in policies if isinstance(policy, Baseline)]
+    if baselines and len(policies) > 1:
+        raise PolicyError(f"policy '{baselines[0]}' is there to be compared with: give it alone")
     if SERE.name in names and BEAM.name in names and names.index(SERE.name) < names.index(BEAM.name):
         raise PolicyError(
             "SERE comes before BEAM, but SERE must see which picks are off, or it moves them and counts them as "
@@ -237,9 +387,9 @@ def _check_composition(policies: Sequence[Policy]) -> None:
         )
 
 
-def _artifact(policy: SERE | BEAM) -> Artifact | None:
+def _artifact(policy: Policy) -> Artifact | None:
     """The policy's artifact, read from its file if it is a path, and sure to hold what the policy reads."""
-    given: object = policy.artifact
+    given: object = getattr(policy, "artifact")  # noqa: B009  (not every policy has one)
     who = type(policy).__name__
     if given is None:
         return None
@@ -252,17 +402,41 @@ def _artifact(policy: SERE | BEAM) -> Artifact | None:
 
 
 def _count(policy: Policy, key: str) -> int:
-    value = getattr(policy, key)
+    return _whole(policy, key, getattr(policy, key))
+
+
+def _whole(policy: Policy, key: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise PolicyError(f"{type(policy).__name__}'s {key} must be an integer of at least 1, but got {_show(value)}")
     return int(value)
 
 
 def _number(policy: Policy, key: str, allowed: str, is_allowed: Callable[[Any], bool]) -> float:
-    value = getattr(policy, key)
+    return _checked(policy, key, getattr(policy, key), allowed, is_allowed)
+
+
+def _checked(policy: Policy, key: str, value: object, allowed: str, is_allowed: Callable[[Any], bool]) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not is_allowed(value):  # NaN is in no range
         raise PolicyError(f"{type(policy).__name__}'s {key} must be a number {allowed}, but got {_show(value)}")
     return float(value) + 0.0  # -0.0 becomes 0.0, so that equal settings have equal digests
+
+
+def _share(policy: Policy, key: str) -> float:
+    return _number(policy, key, "in [0, 1]", lambda value: 0 <= value <= 1)
+
+
+def _threshold(policy: Policy, value: object) -> float:
+    return _checked(policy, "threshold", value, "in [-1, 1]", lambda number: -1 <= number <= 1)
+
+
+def _layers(policy: SERE, given: object) -> tuple[tuple[str, int, float], ...]:
+    """(site, S, threshold) of every site given, by the site's normal name."""
+    layers = []
+    for entry in () if given is None else given if isinstance(given, (list, tuple)) else (given,):
+        if not isinstance(entry, (list, tuple)) or len(entry) != 3 or not isinstance(entry[0], str):
+            raise PolicyError(f"SERE's layers must be (site, S, threshold) each, but got {_show(entry)}")
+        layers.append((normal_name(entry[0]), _whole(policy, "primary", entry[1]), _threshold(policy, entry[2])))
+    return tuple(layers)
 
 
 def _set(policy: Policy, key: str, value: object) -> None:

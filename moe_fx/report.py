@@ -1,11 +1,18 @@
-"""What a compile did, for people: printed with rich, and plain data for programs."""
+"""What a compile did and what an evaluation found, for people: tables by rich and plots by matplotlib."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
+from pathlib import Path
+from typing import Any
 
+from torch import Tensor
+
+from moe_fx.artifacts import Artifact
 from moe_fx.site import Site, Skip
 
 
@@ -94,3 +101,101 @@ def _skip_table(skips: list[Skip]) -> object:
     for s in skips:
         table.add_row(s.name, s.reason)
     return table
+
+
+def evaluation_table(rows: Sequence[Mapping[str, object]], title: str) -> object:
+    """The rows of ``moe_fx.evaluate.rows_of`` for people."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    columns = {
+        "policy": "policy",
+        "active_experts_per_layer": "active experts\nper layer",
+        "perplexity": "perplexity",
+        "loss_above_full": "loss above full\nnats/token",
+        "kl_to_full_nats": "KL to full\nnats",
+        "top1_agreement": "top-1\nagreement",
+        "picks_off_per_layer_and_step": "picks off",
+        "step_ms": "ms/step",
+    }
+    for key, heading in columns.items():
+        table.add_column(heading, justify="left" if key == "policy" else "right")
+    for row in rows:
+        table.add_row(*(_cell(key, row) for key in columns))
+    return table
+
+
+def _cell(key: str, row: Mapping[str, object]) -> str:
+    value = row[key]
+    if key == "loss_above_full":
+        error = row.get("loss_above_full_standard_error")
+        return f"{value:+.4f}" + (f" ± {error:.4f}" if error is not None else "")
+    formats = {"active_experts_per_layer": ".1f", "perplexity": ".2f", "kl_to_full_nats": ".4f", "top1_agreement": ".1%",
+               "picks_off_per_layer_and_step": ".1f", "step_ms": ".1f"}  # fmt: skip
+    return format(value, formats[key]) if key in formats else str(value)
+
+
+def draw_pareto(path: Path, rows: Sequence[Mapping[str, Any]], front: Sequence[str], title: str) -> None:
+    """Quality against active experts, one mark for each policy; a line joins those that no other beats in both."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    kinds = dict.fromkeys(str(r["policy"]).split("(")[0] for r in rows)
+    for kind in kinds:
+        mine = [r for r in rows if str(r["policy"]).split("(")[0] == kind]
+        xs, ys = [r["active_experts_per_layer"] for r in mine], [r["kl_to_full_nats"] for r in mine]
+        axes.plot(xs, ys, "o", label=kind)
+        for r, x, y in zip(mine, xs, ys, strict=True):
+            axes.annotate(str(r["policy"]).partition("(")[2].rstrip(")"), (x, y), (4, 4), textcoords="offset points", fontsize=7)
+    best = sorted((r["active_experts_per_layer"], r["kl_to_full_nats"]) for r in rows if r["policy"] in front)
+    axes.plot([x for x, _ in best], [y for _, y in best], "-", color="grey", linewidth=1, zorder=0, label="no other is better")
+    axes.set_xlabel("distinct experts read per layer and step (fewer is cheaper)")
+    axes.set_ylabel("KL divergence to the full model, nats per token (less is better)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    axes.set_title(title)
+    _save(figure, path)
+
+
+def draw_similarity(path: Path, artifact: Artifact) -> None:
+    """A heat map of each layer's similarities, and how similar each expert's best match is: critical experts have none."""
+    plt = _pyplot()
+    tables = {name: kinds["similarity"] for name, kinds in artifact.sites.items() if "similarity" in kinds}
+    columns = min(4, len(tables) + 1)
+    rows = -(-(len(tables) + 1) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(3.4 * columns, 3.2 * rows), layout="constrained", squeeze=False)
+    panels = list(grid.flat)
+    lowest = min(float(t.min()) for t in tables.values())
+    image = None
+    for axes, (name, table) in zip(panels, tables.items(), strict=False):
+        image = axes.imshow(table.numpy(), vmin=lowest, vmax=1, cmap="viridis")
+        axes.set_title(name, fontsize=8)
+        axes.tick_params(labelsize=6)
+    last = panels[len(tables)]
+    last.boxplot([best_match(t).tolist() for t in tables.values()], tick_labels=range(len(tables)))
+    last.set_title("best match of each expert, by layer", fontsize=8)
+    last.set_ylabel("similarity")
+    for axes in panels[len(tables) + 1 :]:
+        axes.axis("off")
+    if image is not None:
+        figure.colorbar(image, ax=panels[: len(tables)], shrink=0.6)
+    _save(figure, path)
+
+
+def best_match(similarity: Tensor) -> Tensor:
+    """How similar each expert's most similar other expert is, [E]."""
+    return similarity.clone().fill_diagonal_(-math.inf).max(dim=1).values
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    _pyplot().close(figure)

@@ -82,6 +82,30 @@ def random_routing(
     return weights.to(dtype), ids.to(ids_dtype)
 
 
+def random_scores(
+    num_tokens: int,
+    num_experts: int,
+    seed: int = 0,
+    *,
+    dtype: torch.dtype = torch.float32,
+    levels: int | None = None,
+    odd: float = 0.0,
+) -> Tensor:
+    """Normally distributed scores or logits [T, E].
+
+    Args:
+        levels: round to this many values between neighbouring integers, so that some tie.
+        odd: share of the values that are NaN, infinite, or a zero of either sign.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(num_tokens, num_experts, generator=generator, dtype=torch.promote_types(dtype, torch.float32))
+    if levels is not None:
+        scores = (scores * levels).round() / levels
+    is_odd = torch.rand(num_tokens, num_experts, generator=generator) < odd
+    values = torch.tensor([float("nan"), float("inf"), float("-inf"), 0.0, -0.0], dtype=scores.dtype)
+    return torch.where(is_odd, values[torch.randint(5, scores.shape, generator=generator)], scores).to(dtype)
+
+
 def random_similarity(
     num_experts: int,
     seed: int = 0,

@@ -18,7 +18,7 @@ from moe_fx import tables
 from moe_fx.artifacts import Artifact
 from moe_fx.passes import graph as g
 from moe_fx.passes.find_sites import Routing
-from moe_fx.policy import BEAM, SERE, PolicyError
+from moe_fx.policy import BEAM, SERE, Baseline, Policy, PolicyError
 from moe_fx.site import Layers, normal_name
 from moe_fx.stats import new_counter
 
@@ -47,13 +47,34 @@ class Binder:
             return self._attribute(torch.zeros(shape, device=_device(routing)), routing)
         return self._artifact_tensor(routing, policy, policy.artifact, shape)
 
-    def count(self, routing: Routing, before: Node, after: Node) -> None:
-        """Count the distinct experts of every forward, before and after the policy."""
+    def sere_settings(self, routing: Routing, policy: SERE) -> tuple[int, float]:
+        """S and the threshold at the site."""
+        names = self._layers_of(routing).names(routing.site.name)
+        found = {policy.at(name) for name in names}
+        if len(found) > 1:
+            raise PolicyError(
+                f"SERE is tuned by site, but {len(names)} layers share one graph (site '{names[0]}' is one): use experts that "
+                "trace, for example model.set_experts_implementation('grouped_mm'), or give SERE primary and threshold"
+            )
+        return found.pop()
+
+    def baseline_tables(self, routing: Routing, policy: Baseline) -> list[Node]:
+        """The tensors [E, E], float32, that a baseline's op reads."""
+        artifact: Artifact | None = getattr(policy, "artifact", None)
+        if policy.tables and artifact is None:
+            raise PolicyError(f"{type(policy).__name__} needs an artifact: moe_fx.calibrate(model, batches, folds=True)")
+        shape = (routing.router.num_experts,) * 2
+        return [self._artifact_tensor(routing, policy, artifact, shape, kind) for kind in policy.tables if artifact]
+
+    def count(self, routing: Routing, before: Node, after: Node, unfolded: Node) -> None:
+        """Count the distinct experts of every forward, before and after the policy, and the picks it switched off."""
         counter = new_counter(self._layers_of(routing).names(routing.site.name), _device(routing))
         experts = routing.router.num_experts
         for ids, total in ((before, counter.before), (after, counter.active)):
             active = self._node(torch.ops.moe_fx.count_active.default, ids, experts)
             self._node(aten.add_.Tensor, self._attribute(total, routing), active)
+        off = self._node(aten.sum.default, self._node(aten.lt.Scalar, unfolded, 0))
+        self._node(aten.add_.Tensor, self._attribute(counter.off, routing), off)
         self._node(aten.add_.Scalar, self._attribute(counter.steps, routing), 1)
 
     def _only_name(self, routing: Routing, what: str) -> list[str]:
@@ -66,9 +87,9 @@ class Binder:
         return layers.names(routing.site.name)
 
     def _artifact_tensor(
-        self, routing: Routing, policy: SERE | BEAM, artifact: Artifact, shape: tuple[int, int]
+        self, routing: Routing, policy: Policy, artifact: Artifact, shape: tuple[int, int], kind: str | None = None
     ) -> Node:
-        layers, kind = self._layers_of(routing), str(policy.kind)
+        layers, kind = self._layers_of(routing), kind or str(policy.kind)
         hidden_size = shape[1] if kind == "mask_router" else None
         found = [artifact.tensor(name, kind, shape[0], hidden_size) for name in layers.names(routing.site.name)]
         if not layers.shared:

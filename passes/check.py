@@ -24,7 +24,7 @@ def check(gm: fx.GraphModule, rewritten: list[Routing]) -> None:
         if node.op in ("call_function", "get_attr") and node.users and value(node) is None and _has_value(node):
             raise CheckError(f"node {node.name} ({node.target}) of a rewritten graph has no recorded value")
     for routing in rewritten:
-        stale = [e for e in (*routing.cut.ids, *routing.cut.dense) if e.node in e.user.all_input_nodes]
+        stale = [e for e in (*routing.cut.ids, *routing.cut.counts, *routing.cut.dense) if e.node in e.user.all_input_nodes]
         if stale:
             raise CheckError(f"site '{routing.site.name}': {stale[0].user.name} still reads the router's own picks")
         new = [u for u in routing.selection.ids.users if "moe_fx" in str(u.target)]

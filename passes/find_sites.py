@@ -13,9 +13,11 @@ silence; one that fails a later question resembles routing and is reported as a 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from itertools import permutations
+from typing import Protocol, cast
 
 import torch
 from torch import fx
@@ -43,7 +45,8 @@ SCORE_WISE = (
     | frozenset(
         "softmax _softmax log_softmax _log_softmax sigmoid log_sigmoid log_sigmoid_forward softplus relu tanh sqrt rsqrt exp "
         "log log1p neg abs pow add sub rsub mul div clamp clamp_min clamp_max maximum minimum masked_fill where nan_to_num "
-        "dropout native_dropout slice narrow expand scatter getitem chunk split split_with_sizes addcmul gelu silu".split()
+        "dropout native_dropout slice narrow expand scatter getitem chunk split split_with_sizes addcmul gelu silu "
+        "layer_norm native_layer_norm rms_norm _fused_rms_norm".split()
     )
 )
 #: Ops that turn the weights of a token's picks into weights of the same picks.
@@ -56,12 +59,14 @@ ID_WISE = g.LAYOUT | g.CASTS
 ARITHMETIC = frozenset(
     "add sub rsub mul div floor_divide remainder fmod bitwise_and bitwise_or bitwise_xor masked_fill index_put".split()
 )
-LINEAR = frozenset("linear mm addmm matmul bmm baddbmm".split())
+LINEAR = frozenset("linear mm addmm matmul bmm baddbmm einsum weight_packed_linear zentorch_linear_unary".split())
+#: Engines' linear maps that keep their weight behind a handle: the names of their input and of the handle.
+BEHIND_HANDLE = {"onednn_mm": ("a", "handler_tensor")}
 
 
 @dataclass(frozen=True)
 class Selection:
-    """A choice of the k largest along the last axis: a ``topk``, or a ``sort`` and its slices."""
+    """A choice of the k best along the last axis: a ``topk``, a ``sort`` and its slices, an ``argmax``."""
 
     node: Node
     scores: Node
@@ -69,6 +74,18 @@ class Selection:
     ids: Node
     values: Node | None
     sorted: bool  # whether pick 0 is the best; SERE's primary picks are the first
+    squeezed: bool = False  # whether ids and values lack the last axis, which would have one entry
+
+    @property
+    def tokens(self) -> list[object]:
+        """The leading sizes of the ids, one for each axis of tokens, as expressions."""
+        dims = [g.expression(d) for d in g.shape(self.ids) or ()]
+        return dims if self.squeezed else dims[:-1]
+
+    def is_per_pick(self, node: object) -> bool:
+        """Whether a tensor has one entry for every pick; where there is one pick, with or without an axis for it."""
+        dims = [g.expression(d) for d in g.shape(node) or ()]
+        return dims == [*self.tokens, self.k] or (self.k == 1 and dims == self.tokens and len(dims) > 0)
 
 
 @dataclass(frozen=True)
@@ -95,10 +112,12 @@ class Cut:
     """Where routing leaves the router.
 
     In pair form the experts read ids and weights ``[..., K]``; in dense form they read a matrix ``[..., E]`` that is
-    zero wherever an expert was not picked.
+    zero wherever an expert was not picked.  ``counts`` are read from matrices of ones at the picks, which are only added
+    up over the tokens: how many tokens each expert gets.
     """
 
     ids: list[Edge] = field(default_factory=list)
+    counts: list[Edge] = field(default_factory=list)
     weights: list[Edge] = field(default_factory=list)
     dense: list[Edge] = field(default_factory=list)
 
@@ -132,46 +151,96 @@ def find_sites(gm: fx.GraphModule, owner: Owner | None = None) -> tuple[list[Rou
     Time is linear in the number of nodes: each selection is followed only as far as its own router and cut.
     """
     weights = Weights(gm.graph)
+    routers = [(s, find_router(s, weights)) for s in selections(gm.graph)]
+    singles = Counter(r.linear for s, r in routers if r is not None and op(s.node) in ("max", "argmax"))
     found: list[Routing] = []
     skips: list[Skip] = []
-    for selection in selections(gm.graph):
-        router = find_router(selection, weights)
+    for selection, router in routers:
+        result: Routing | Skip | None
         if router is None:
-            continue
-        result = _examine(selection, router, weights, owner)
-        (found if isinstance(result, Routing) else skips).append(result)  # type: ignore[arg-type]
-    return _distinct_names(found), skips
+            steps = "its scores do not come, by ops that are known, from a linear map with one output per expert"
+            result = _examine_unknown(selection, weights, f"{steps}: {_origin(selection.scores)}")
+        elif op(selection.node) in ("max", "argmax") and singles[router.linear] > 1:
+            result = Skip(_name(selection), "its picks are chosen one after another and never joined in one tensor", True)
+        else:
+            result = _examine(selection, router, weights, owner)
+        if result is not None:
+            (found if isinstance(result, Routing) else skips).append(result)  # type: ignore[arg-type]
+    unread = (_examine_unknown(s, weights, f"how it selects ({op(s.node)}) is not known") for s in _unreadable(gm.graph))
+    return _distinct_names(found), [*skips, *(s for s in unread if s is not None)]
 
 
-def _examine(selection: Selection, router: Router, weights: Weights, owner: Owner | None) -> Routing | Skip:
+def _name(selection: Selection) -> str:
+    return module_path(selection.node) or selection.node.name
+
+
+def _examine_unknown(selection: Selection, weights: Weights, reason: str) -> Skip | None:
+    """A selection that could not be read, or not its scores, is a router all the same if its ids select among experts."""
+    stack = _looked_up_stack(selection.ids, weights)
+    num_experts = size(stack, 0) if stack is not None else size(selection.scores, -1)
+    if num_experts is None:
+        return None
+    scores = selection.scores
+    proof = prove_experts(selection, Router(scores, scores, scores, num_experts, 0), weights)
+    if proof.at is None:
+        return None
+    return Skip(_name(selection), reason, routing=True)
+
+
+def _looked_up_stack(ids: Node, weights: Weights) -> Node | None:
+    """A stack of matrices that integers made from the ids look up: candidates chosen twice are no score's own ids."""
+    stack, seen = [ids], {ids}
+    while stack and len(seen) < _REACH:
+        for user in stack.pop().users:
+            source = user.all_input_nodes[0] if op(user) in ("index", "index_select", "embedding") else None
+            if source in weights and rank(source) >= 3:
+                return source
+            if is_integer(user) and user not in seen and op(user) not in _SELECTION_RULES:
+                seen.add(user)
+                stack.append(user)
+    return None
+
+
+def _origin(scores: Node) -> str:
+    """The ops that made the scores, last first, as far as a reader needs them to see what is not known."""
+    names: list[str] = []
+    node: Node | None = scores
+    while node is not None and op(node) and len(names) < 4:
+        names.append(op(node))
+        node = next((i for i in node.all_input_nodes if is_float(i)), None)
+    return " of ".join(names) or "they enter this graph from outside"
+
+
+def _examine(selection: Selection, router: Router, weights: Weights, owner: Owner | None) -> Routing | Skip | None:
     """All that is asked of a selection whose scores come from a router."""
     where = module_path(selection.node)
-    name = where or selection.node.name
+    name = _name(selection)
     proof = prove_experts(selection, router, weights)
     cut, reason = find_cut(selection, router, weights)
+    if _takes_lowest(selection):
+        cut, reason = None, "it takes the lowest scores"
     if cut is None:
         return Skip(name, reason, routing=proof.at is not None)
     scope = g.common_path([where, *proof.paths]) if where is not None else _parent(_weight_path(router.weight), 2)
     if proof.at is None:
         asks = owner is not None and (proof.leaves_graph or _becomes_one_hot(selection.ids, router.num_experts))
         block = owner.expert_block(router.weight, router.num_experts) if owner is not None and asks else None
-        if block is not None and not any(e.user.op == "output" for e in cut.weights):
+        if block is not None and proof.leaves_graph and not any(e.user.op == "output" for e in cut.weights):
             return Skip(name, "its ids leave the graph without their weights, which may still be looked up by them", True)
+        if block is None and op(selection.node) in ("max", "argmax") and not _becomes_one_hot(selection.ids, router.num_experts):
+            return None  # the likeliest token of a vocabulary
         if block is None:
             return Skip(name, f"its ids are never seen to select among {router.num_experts} experts{proof.hint}")
         scope = block
     site = Site(scope, router.num_experts, selection.k, router.hidden_size, scoring(selection, router))
-    weighs_input = _weighs_input(cut, proof, router, weights)
-    if weighs_input and cut.dense and selection.k > 1:
-        return Skip(name, "its weights multiply the experts' input, where two picks of one expert cannot be merged", True)
-    return Routing(site, selection, router, cut, proof.at, weighs_input)
+    return Routing(site, selection, router, cut, proof.at, _weighs_input(cut, proof, router, weights))
 
 
 # ---------------------------------------------------------------------------------------------------- selection
 
 
 def selections(graph: fx.Graph) -> Iterator[Selection]:
-    """Every choice of a fixed number of largest entries along the last axis."""
+    """Every choice of a fixed number of best entries along the last axis."""
     for node in graph.nodes:
         rule = _SELECTION_RULES.get(op(node))
         selection = rule(node) if rule is not None else None
@@ -179,10 +248,21 @@ def selections(graph: fx.Graph) -> Iterator[Selection]:
             yield selection
 
 
+def _unreadable(graph: fx.Graph) -> Iterator[Selection]:
+    """Choices over the last axis in another way than by a fixed number of best entries; their k has no meaning."""
+    for node in graph.nodes:
+        name = op(node)
+        if name not in ("sort", "argsort", "multinomial") or not _over_last_axis(node.args[0], -1):
+            continue
+        if name == "multinomial" or _SELECTION_RULES[name](node) is None:
+            ids = outputs(node, 1) if name == "sort" else [node]
+            yield from (Selection(node, node.all_input_nodes[0], 1, i, None, False) for i in ids)
+
+
 def _topk(node: Node) -> Selection | None:
-    """topk(scores, k, dim=-1, largest=True) = the k largest of each row."""
+    """topk(scores, k, dim=-1) = the k largest of each row, or the k smallest."""
     scores, k = node.args[0], argument(node, "k", 1)
-    if not _over_last_axis(node, scores, 2) or argument(node, "largest", 3, True) is not True or not isinstance(k, int):
+    if not _over_last_axis(scores, argument(node, "dim", 2, -1)) or not isinstance(k, int):
         return None
     ids, values = outputs(node, 1), outputs(node, 0)
     if len(ids) != 1 or len(values) > 1 or k < 1:
@@ -192,14 +272,22 @@ def _topk(node: Node) -> Selection | None:
 
 
 def _sort(node: Node) -> Selection | None:
-    """sort(scores, descending)[:, :k] = topk(scores, k), when nothing but the first k is read."""
-    scores = node.args[0]
+    """sort(scores)[:, :k] = topk(scores, k), when nothing but the first k is read."""
+    return _first_sorted(node, outputs(node, 1), outputs(node, 0))
+
+
+def _argsort(node: Node) -> Selection | None:
+    """argsort(scores)[:, :k] = topk(scores, k).indices, when nothing but the first k is read."""
+    return _first_sorted(node, [node], [])
+
+
+def _first_sorted(node: Node, ordered_ids: list[Node], ordered_values: list[Node]) -> Selection | None:
     # sort.stable(self, *, stable, dim, descending) takes all but the tensor by keyword
-    position = 1 if "stable" not in node.kwargs else len(node.args)
-    if not _over_last_axis(node, scores, position) or argument(node, "descending", position + 1, False) is not True:
+    scores, dim = node.args[0], argument(node, "dim", 1 if "stable" not in node.kwargs else len(node.args), -1)
+    ids, values = _only_slice(ordered_ids), _only_slice(ordered_values)
+    if not _over_last_axis(scores, dim) or ids is None or ids[1] is None:
         return None
-    ids, values = [_only_slice(o) for o in (outputs(node, 1), outputs(node, 0))]
-    if ids is None or ids[1] is None or (values is not None and values[1] not in (None, ids[1])):
+    if ordered_values and (values is None or values[1] not in (None, ids[1])):
         return None
     return Selection(node, scores, ids[1], ids[0], values[0] if values else None, True)  # type: ignore[arg-type]
 
@@ -229,12 +317,94 @@ def _whole(node: Node) -> bool:
     return same_shape(node, node.args[0])
 
 
-def _over_last_axis(node: Node, scores: object, position: int) -> bool:
-    dim = argument(node, "dim", position, -1)
+def _max(node: Node) -> Selection | None:
+    """max(scores, -1) = topk(scores, 1), with or without its last axis."""
+    ids, values = [i for i in outputs(node, 1) if i.users], outputs(node, 0)
+    if len(ids) != 1 or len(values) > 1:  # the maximum of a whole tensor has no outputs to take
+        return None
+    return _best(node, ids[0], values[0] if values else None)
+
+
+def _argmax(node: Node) -> Selection | None:
+    """argmax(scores, -1) = topk(scores, 1).indices, with or without its last axis; the value may come from max(scores)."""
+    maxima = [u for u in node.args[0].users if op(u) == "max" and argument(u, "dim", 1) == argument(node, "dim", 1)]  # type: ignore[union-attr]
+    values = [v for u in maxima for v in outputs(u, 0)]
+    return _best(node, node, values[0] if len(values) == 1 else None)
+
+
+def _best(node: Node, ids: Node, values: Node | None) -> Selection | None:
+    scores, dim = node.args[0], argument(node, "dim", 1)
+    if dim is None or not _over_last_axis(scores, dim) or any(_joined(u) for u in _with_axis(ids)):
+        return None
+    return Selection(node, scores, 1, ids, values, True, squeezed=rank(ids) < rank(scores))  # type: ignore[arg-type]
+
+
+def _with_axis(ids: Node) -> list[Node]:
+    """The users of a single choice's ids, through the ``unsqueeze`` that gives them their last axis."""
+    return [u for user in ids.users for u in (user.users if op(user) == "unsqueeze" else [user])]
+
+
+def _joined(node: Node) -> Selection | None:
+    """cat([max(scores), max(scores without the first), ...], -1) = topk(scores, k), chosen one after another."""
+    if op(node) not in ("cat", "concat") or not is_integer(node) or argument(node, "dim", 1, 0) not in (-1, rank(node) - 1):
+        return None
+    choices = [choice for part in _parts(node) if (choice := _single_choice(part)) is not None]
+    if len(choices) < 2 or not len(choices) == len(_parts(node)) == size(node, -1):
+        return None
+    return Selection(node, choices[0].all_input_nodes[0], len(choices), node, _joined_weights(node), True)
+
+
+def _parts(joined: Node) -> list[Node]:
+    """What a ``cat`` joins."""
+    return [*cast("list[Node]", joined.args[0])]
+
+
+def _single_choice(ids: Node) -> Node | None:
+    """The ``max`` or ``argmax`` over the last axis that ids [..., 1] come from."""
+    node = ids
+    while op(node) in ("unsqueeze", "getitem") or op(node) in g.CASTS:
+        node = node.all_input_nodes[0]
+    over_last = op(node) in ("max", "argmax") and _over_last_axis(node.args[0], argument(node, "dim", 1))
+    return node if over_last and size(ids, -1) == 1 else None
+
+
+def _joined_weights(ids: Node) -> Node | None:
+    """The floats joined in the same way as the ids, each looked up by (or chosen with) the id at its place."""
+    candidates = [_looked_up(part) for part in _parts(ids)]
+    for user in (u for weight in candidates[0] for u in weight.users):
+        joins = op(user) == op(ids) and is_float(user) and same_shape(user, ids)
+        if joins and all(weight in known for weight, known in zip(_parts(user), candidates, strict=True)):
+            return user
+    return None
+
+
+def _looked_up(ids: Node) -> list[Node]:
+    """The scores gathered by ids [..., 1], and the value that was chosen with them."""
+    chosen = ids.args[0] if op(ids) == "getitem" else None
+    return [u for u in ids.users if op(u) == "gather"] + (outputs(chosen, 0) if isinstance(chosen, Node) else [])
+
+
+def _takes_lowest(selection: Selection) -> bool:
+    """Whether the k smallest are chosen, and that not of negated scores."""
+    node, name = selection.node, op(selection.node)
+    if name == "topk":
+        highest = argument(node, "largest", 3, True) is True
+    elif name in ("sort", "argsort"):
+        highest = argument(node, "descending", 2 if "stable" not in node.kwargs else len(node.args) + 1, False) is True
+    else:
+        highest = True
+    return not highest and op(selection.scores) != "neg"
+
+
+def _over_last_axis(scores: object, dim: object) -> bool:
     return isinstance(scores, Node) and is_float(scores) and rank(scores) >= 2 and dim in (-1, rank(scores) - 1)
 
 
-_SELECTION_RULES = {"topk": _topk, "sort": _sort}
+_SELECTION_RULES = {
+    "topk": _topk, "sort": _sort, "argsort": _argsort, "max": _max, "argmax": _argmax, "cat": _joined, "concat": _joined,
+}  # fmt: skip
+#: Ops without one of which a graph routes nothing.
+SELECTIONS = frozenset(_SELECTION_RULES) - {"cat", "concat"} | {"multinomial"}
 
 
 # ----------------------------------------------------------------------------------------------------- backward
@@ -248,7 +418,9 @@ def find_router(selection: Selection, weights: Weights) -> Router | None:
         return None
     hidden, weight = _operands(linear, weights)
     hidden_size = size(hidden, -1)
-    leaf = next((n for n in weights.leaves(weight) if rank(n) >= 2), None) if weight is not None else None
+    leaf = weight  # an engine's handle
+    if weight is not None and weight in weights:
+        leaf = next((n for n in weights.leaves(weight) if rank(n) >= 2), None)
     if hidden is None or hidden_size is None or leaf is None:
         return None
     return Router(linear, hidden, leaf, num_experts, hidden_size)
@@ -264,7 +436,7 @@ def _walk_to_linear(scores: Node, num_experts: int, weights: Weights) -> Node | 
             continue
         seen.add(node)
         name = op(node)
-        if name in LINEAR and _operands(node, weights)[1] is not None:
+        if (name in LINEAR or name == "getitem") and _operands(node, weights)[1] is not None:
             width = size(node, -1)
             if width == num_experts or (sliced and width is not None and width > num_experts):
                 return node
@@ -277,11 +449,29 @@ def _walk_to_linear(scores: Node, num_experts: int, weights: Weights) -> Node | 
 
 
 def _operands(linear: Node, weights: Weights) -> tuple[Node | None, Node | None]:
-    """(hidden state, weight) of a linear map whose weight is a function of parameters alone."""
-    first = 1 if op(linear) in ("addmm", "baddbmm") else 0
-    x, w = linear.args[first : first + 2]
+    """(hidden state, weight) of a linear map whose weight is a function of parameters alone, or an engine's handle."""
+    if op(linear) == "getitem":
+        call: Node = linear.args[0]  # type: ignore[assignment]
+        return tuple(call.kwargs[key] for key in BEHIND_HANDLE.get(op(call), ())) or (None, None)  # type: ignore[return-value]
+    if op(linear) == "einsum":
+        x, w = _einsum_operands(linear)
+    else:
+        first = 1 if op(linear) in ("addmm", "baddbmm") else 0
+        x, w = linear.args[first : first + 2]
     if isinstance(x, Node) and isinstance(w, Node) and w in weights and x not in weights:
         return x, w
+    return None, None
+
+
+def _einsum_operands(node: Node) -> tuple[object, object]:
+    """The (x, w) of einsum("...h,eh->...e"), whichever stands first; a pair of None for any other einsum."""
+    equation, operands = node.args[0], node.args[1]
+    if not isinstance(equation, str) or not isinstance(operands, (list, tuple)) or len(operands) != 2 or "->" not in equation:
+        return None, None
+    left, result = equation.replace(" ", "").split("->")
+    for (x, dims), (w, axes) in permutations(zip(operands, left.split(","), strict=True)):
+        if len(axes) == 2 and len(dims) >= 2 and dims[-1] in axes and result == dims[:-1] + axes.replace(dims[-1], ""):
+            return x, w
     return None, None
 
 
@@ -299,7 +489,8 @@ def scoring(selection: Selection, router: Router) -> str:
         if not floats:
             break
         node = floats[0]
-    return " -> ".join([*dict.fromkeys(reversed(steps)), op(selection.node)]) if steps else f"logits -> {op(selection.node)}"
+    chosen = op(selection.node) if op(selection.node) not in ("cat", "concat") else f"{selection.k} x argmax"
+    return " -> ".join([*dict.fromkeys(reversed(steps or ["logits"])), chosen])
 
 
 _NAMED_SCORES = {
@@ -371,7 +562,10 @@ def _follow_ids(
             elif _gathers_score(user, node, router, weights) and _stays_a_weight(user, node):
                 weight_like.add(user)
             elif name == "scatter" and _scatters_into_experts(user, node, router):
-                dense_like[user] = ""
+                if _counts_tokens(user):
+                    cut.counts += [Edge(user, reader) for reader in user.users]
+                else:
+                    dense_like[user] = ""
             elif name in ARITHMETIC:
                 return f"its ids are changed by arithmetic ({name}) before they select"
             else:
@@ -409,6 +603,20 @@ def _scatters_into_experts(user: Node, ids: Node, router: Router) -> bool:
     return index is ids and dim in (-1, rank(user) - 1) and size(user, -1) == router.num_experts and user.args[0] is not ids
 
 
+def _counts_tokens(scatter: Node) -> bool:
+    """Whether ones, scattered by the ids into zeros, are only added up over the tokens."""
+    if argument(scatter, "value", 3) != 1 or rank(scatter) != 2 or _background(scatter.args[0]) != "zero":
+        return False
+    stack = [scatter]
+    while stack:
+        for user in stack.pop().users:
+            if op(user) in g.CASTS:
+                stack.append(user)
+            elif op(user) != "sum" or argument(user, "dim", 1) not in (0, [0]) or argument(user, "keepdim", 2, False):
+                return False
+    return True
+
+
 def _mutates(user: Node, node: Node) -> bool:
     target = user.target
     if not isinstance(target, torch._ops.OpOverload):
@@ -429,13 +637,13 @@ def _follow_weights(selection: Selection, weight_like: set[Node], dense_like: di
             name = op(user)
             if name in WEIGHT_WISE and _joins_selected(user, cut, selection):
                 cut.weights.append(Edge(node, user))  # the experts' own business: a mask of the picks of one expert
-            elif name in WEIGHT_WISE and is_float(user) and same_shape(user, selection.ids):
+            elif name in WEIGHT_WISE and is_float(user) and selection.is_per_pick(user):
                 weight_like.add(user)
                 stack.append(user)
             elif node in rows and name in WEIGHT_WISE and same_shape(user, node):
                 rows.add(user)
                 stack.append(user)
-            elif node not in rows and name in REDUCTIONS and _feeds_back(user, selection.ids):
+            elif node not in rows and name in REDUCTIONS and _feeds_back(user, selection):
                 rows.add(user)
                 stack.append(user)
             elif name == "getitem" and node in rows:
@@ -464,7 +672,7 @@ def _joins_selected(user: Node, cut: Cut, selection: Selection) -> bool:
     return False
 
 
-def _feeds_back(reduction: Node, ids: Node) -> bool:
+def _feeds_back(reduction: Node, selection: Selection) -> bool:
     """Whether a reduction over the picks is used to renormalise them, so that it is the router's business."""
     stack, seen = [reduction], set()
     while stack:
@@ -472,7 +680,7 @@ def _feeds_back(reduction: Node, ids: Node) -> bool:
         if node in seen:
             continue
         seen.add(node)
-        if node is not reduction and same_shape(node, ids):
+        if node is not reduction and selection.is_per_pick(node):
             return True
         if node is reduction or op(node) in WEIGHT_WISE:
             stack.extend(u for u in node.users if op(u) in WEIGHT_WISE)
@@ -532,6 +740,8 @@ def _dense_step(node: Node, dense_like: dict[Node, str], user: Node, router: Rou
         return None
     if name == "div" and user.args[0] is not node:
         return None
+    if name in g.RESHAPES and not same_shape(user, node):
+        return None  # the experts' own: no longer a row over experts for each row of ids
     if name in ("softmax", "_softmax") and argument(user, "dim", 1) not in (-1, rank(user) - 1):
         return None
     return after
@@ -592,11 +802,11 @@ def prove_experts(selection: Selection, router: Router, weights: Weights) -> Pro
         reached: list[Node] = []
         for node in frontier:
             for user in node.users:
-                if user in seen or not _within(user, scope):
-                    continue
+                if user in seen or not _within(user, scope) or (is_float(user) and selection.is_per_pick(user)):
+                    continue  # a pick's weight is not its id
                 seen.add(user)
                 if _meets_experts(user, router, weights) or _weighs_experts(user, seen, router, weights):
-                    proof.at = proof.at or user
+                    proof.at = user if proof.at is None or user < proof.at else proof.at
                     proof.paths += [p for p in [module_path(user)] if p is not None]
                 elif not (op(user) in LINEAR and _operands(user, weights)[1] is not None and rank(user.args[-1]) == 2):
                     reached.append(user)
@@ -662,10 +872,24 @@ def _meets_experts(user: Node, router: Router, weights: Weights) -> bool:
 
 
 def _is_expert_stack(node: Node, router: Router, weights: Weights) -> bool:
-    """A weight [E, ., .], or what ids or a scale picked from one."""
+    """A weight [E, ., .], what ids or a scale picked from one, or one of its slices, where all are taken."""
+    node = _whole_of_slice(node, router) or node
     while op(node) in g.LAYOUT | g.CASTS | {"index", "index_select", "embedding", "mul"} and node not in weights:
         node = node.all_input_nodes[0]
     return node in weights and rank(node) >= 3 and _stack_fits(size(node, 0), router.num_experts)
+
+
+def _whole_of_slice(node: Node, router: Router) -> Node | None:
+    """The stack that a node is one expert's slice of; None where not every expert's slice is taken."""
+    while op(node) in g.LAYOUT | g.CASTS | {"getitem"}:
+        node = node.all_input_nodes[0]
+    if op(node) == "unbind" and argument(node, "dim", 1, 0) == 0:
+        return node.all_input_nodes[0]
+    if op(node) != "select" or node.args[1] != 0:
+        return None
+    stack = node.all_input_nodes[0]
+    taken = {u.args[2] for u in stack.users if op(u) == "select" and u.args[1] == 0}
+    return stack if taken >= set(range(router.num_experts)) else None
 
 
 def _carries_activations(node: Node, router: Router, weights: Weights) -> bool:

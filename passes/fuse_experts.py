@@ -3,144 +3,55 @@
 The region is executed on *meanings* instead of numbers: "the ids in sorted order", "for every pick, the hidden state of
 its token", "those rows, each times its own expert's matrix".  A rule says what one op makes of meanings; an op without
 a rule, or meanings that do not go together, have no meaning, and then the region is left as it is.  At the end one
-expression must stand: the picks' weighted outputs, summed over each token's picks.
+expression must stand: the picks' weighted outputs, summed over each token's picks (``mlp`` reads it).
+
+Experts come in three forms.  Rows for picks (``Rows``): every pick's hidden state meets its expert's matrix.  A grid
+(``Grid``): every expert runs on every token, and a matrix [T, E] of weights that is zero where nothing was picked weighs
+the sum over experts.  One by one (``Lone``): each expert runs on every token, and what is added up are E such terms.
+Both of the latter compute most of their products in vain, before the routing decision is even read.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeGuard
+from typing import Any
 
 from torch.fx.node import Node
 
 from moe_fx.passes import graph as g
 from moe_fx.passes.find_sites import Routing
 from moe_fx.passes.graph import argument, is_float, op
+from moe_fx.passes.meanings import (
+    NUMBERS,
+    Counts,
+    Empty,
+    Enumeration,
+    Gates,
+    Grid,
+    Halves,
+    Hidden,
+    Hot,
+    Ids,
+    Lone,
+    Numbers,
+    One,
+    Order,
+    Output,
+    OwnMatrix,
+    Partial,
+    Picked,
+    PickWeights,
+    Places,
+    Rows,
+    Sorted,
+    StackedBias,
+    Tokens,
+    Unstacked,
+    Zero,
+)
+from moe_fx.passes.mlp import Experts, as_mlp
 from moe_fx.passes.region import Region
-
-
-@dataclass(frozen=True)
-class Experts:
-    """A recognised region: the arguments of ``moe_fx::fused_experts`` that are not the routing decision.
-
-    ``w_gate_up`` is [E, G, H] and ``w_down`` [E, H, I], or both with their last two axes exchanged (``transposed``).
-    """
-
-    region: Region
-    hidden: Node
-    w_gate_up: Node
-    w_down: Node
-    b_gate_up: Node | None
-    b_down: Node | None
-    activation: str
-    gated: str
-    transposed: bool
-    alpha: float
-    limit: float | None
-
-    @property
-    def stacks(self) -> list[Node]:
-        """The parameters that the op reads."""
-        return [n for n in (self.w_gate_up, self.w_down, self.b_gate_up, self.b_down) if n is not None]
-
-
-# ------------------------------------------------------------------------------------------------------ meanings
-
-#: The order of rows that stand for picks: "flat" is token by token; a ``sort`` node stands for the order it made.
-Order = Node | str
-
-
-@dataclass(frozen=True)
-class Ids:
-    """Each pick's expert."""
-
-    order: Order
-
-
-@dataclass(frozen=True)
-class Places:
-    """For each row of ``order``, which flat pick it is; ``inverse``: for each flat pick, its row."""
-
-    order: Order
-    inverse: bool = False
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Each pick's token."""
-
-    order: Order
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Picks per expert; ``ends``: where each expert's rows end when picks are sorted by expert."""
-
-    ends: bool = False
-
-
-@dataclass(frozen=True)
-class PickWeights:
-    """Each pick's weight."""
-
-    order: Order
-
-
-@dataclass(frozen=True)
-class Hidden:
-    """The experts' input, a row for each token."""
-
-    node: Node
-
-
-@dataclass(frozen=True)
-class OwnMatrix:
-    """For each pick, its expert's slice of a parameter stacked by expert."""
-
-    stack: Node
-    order: Order
-
-
-@dataclass(frozen=True)
-class Rows:
-    """For each pick a row of numbers, given by an expression (see ``_ACTIVATIONS`` for how they are spelt)."""
-
-    order: Order
-    expression: tuple
-
-
-@dataclass(frozen=True)
-class Empty:
-    """Memory not yet written."""
-
-
-@dataclass(frozen=True)
-class Enumeration:
-    """0, 1, 2, ... as many as there are picks."""
-
-
-@dataclass(frozen=True)
-class Halves:
-    """The two parts of rows split down the middle."""
-
-    rows: Rows
-
-
-@dataclass(frozen=True)
-class Sorted:
-    """What ``sort`` returns of ids: themselves in order, and their places."""
-
-    order: Order
-
-
-@dataclass(frozen=True)
-class Output:
-    """Each token's sum over its picks."""
-
-    expression: tuple
-
 
 # -------------------------------------------------------------------------------------------------- recognition
 
@@ -152,22 +63,48 @@ def recognise(routing: Routing, region: Region) -> Experts | str:
         return problem
     interpreter = _Interpreter(routing, region)
     for node in region.nodes:
-        meaning = interpreter.meaning(node)
-        if meaning is None:
-            return f"its experts' {op(node) or node.name} (node {node.name}) is not one that is known to be part of an MLP"
+        if interpreter.meaning(node) is None:
+            return _why_unknown(interpreter, node)
     result = interpreter.meaning(region.output)
-    if not isinstance(result, Output) or interpreter.hidden is None:
+    if not isinstance(result, Output):
         return "its experts' outputs do not come together as a weighted sum over the picks"
-    experts = _as_mlp(region, interpreter.hidden, result.expression)
-    if experts is None:
-        return "its experts' activation is not one that is known"
-    if len({g.dtype(n) for n in (experts.hidden, experts.w_gate_up, experts.w_down)}) > 1:
+    problem = _unusable_surroundings(interpreter, routing, region)
+    if problem is not None:
+        return problem
+    experts = _as_called(region, result) or as_mlp(region, result.expression)
+    if isinstance(experts, str):
+        return experts
+    if len({g.dtype(n) for n in (experts.hidden, *experts.stacks)}) > 1:
         return "its experts' weights and input differ in dtype"
     return experts
 
 
+def runs_our_op(routing: Routing) -> bool:
+    """Whether the site's experts are a call of ``moe_fx::fused_experts`` already: the model asked for it."""
+    return routing.experts is not None and g.qualified_op(routing.experts) == "moe_fx.fused_experts"
+
+
+def _as_called(region: Region, result: Output) -> Experts | None:
+    """The arguments of the model's own call of the op."""
+    if result.expression[0] != "called":
+        return None
+    node = result.expression[1]
+    names = [a.name for a in node.target._schema.arguments]
+    given = {a.name: a.default_value for a in node.target._schema.arguments if a.has_default_value()}
+    given |= dict(zip(names, node.args, strict=False)) | node.kwargs
+    return Experts(region, **{name: value for name, value in given.items() if name not in ("topk_weights", "topk_ids")})
+
+
+def _called(interpreter: _Interpreter, node: Node) -> Output | None:
+    """The op itself, called by the model."""
+    weights, ids = argument(node, "topk_weights", 3), argument(node, "topk_ids", 4)
+    as_routed = interpreter.meaning(weights) == PickWeights("flat") and interpreter.meaning(ids) == Ids("flat")
+    return Output(("called", node)) if as_routed and g.same_shape(weights, ids) and g.rank(ids) == 2 else None
+
+
 def _unusable_decision(routing: Routing, region: Region) -> str | None:
     """The region must read the ids in token order, and one form of the weights."""
+    ids = routing.selection.ids
     edges = (*routing.cut.ids, *routing.cut.weights, *routing.cut.dense)
     if any(e.user not in region.nodes for e in edges):
         return "its picks are also read outside its experts"
@@ -176,14 +113,40 @@ def _unusable_decision(routing: Routing, region: Region) -> str | None:
     if g.mutates_between(min(routing.router.linear, *region.nodes), region.output):
         return "a value is changed in place between its router and the end of its experts"
     weights = [n for n in region.replaced if not g.is_integer(n)]
-    if len(weights) != 1 or not g.same_shape(weights[0], routing.selection.ids) or g.rank(routing.selection.ids) != 2:
+    if len(weights) != 1 or g.rank(ids) != 2 or g.rank(weights[0]) != 2:
         return "its experts read the weights in another form than [T, K]"
-    for ids in region.replaced:
-        while ids not in (*weights, routing.selection.ids):
-            if op(ids) not in g.RESHAPES | g.CASTS:
-                return f"its experts read the ids through {op(ids)}"
-            ids = ids.all_input_nodes[0]
+    if routing.cut.dense:
+        return None if g.size(weights[0], 1) == routing.router.num_experts else "its dense matrix of weights is not [T, E]"
+    if not g.same_shape(weights[0], ids):
+        return "its experts read the weights in another form than [T, K]"
+    for node in region.replaced:
+        while node not in (*weights, ids):
+            if op(node) not in g.RESHAPES | g.CASTS:
+                return f"its experts read the ids through {op(node)}"
+            node = node.all_input_nodes[0]
     return None
+
+
+def _unusable_surroundings(interpreter: _Interpreter, routing: Routing, region: Region) -> str | None:
+    """What stands before the region, and is to go with it, must serve the region alone."""
+    before = interpreter.before
+    if any(u not in before and u not in region.nodes and u.users for n in before for u in n.users):
+        return "its experts' inner values are also read outside them"
+    if before and g.mutates_between(min(before), min(routing.router.linear, *region.nodes)):
+        return "a value is changed in place between its router and the end of its experts"
+    return None
+
+
+def _why_unknown(interpreter: _Interpreter, node: Node) -> str:
+    while (inner := next((i for i in node.all_input_nodes if interpreter.lacks_meaning(i)), None)) is not None:
+        node = inner
+    meanings = [type(interpreter.meaning(i)) for i in node.all_input_nodes]
+    if op(node) == "mul" and Picked in meanings and Hidden in meanings:
+        return (
+            "its experts are modules of their own, whose weights one op cannot read without a copy of them all (keep them in "
+            "one parameter [E, ., .], as transformers 5 does, to have them fused)"
+        )
+    return f"its experts' {op(node) or node.name} (node {node.name}) is not one that is known to be part of an MLP"
 
 
 class _Interpreter:
@@ -192,50 +155,83 @@ class _Interpreter:
     def __init__(self, routing: Routing, region: Region) -> None:
         self.top_k = routing.selection.k
         self.num_experts = routing.router.num_experts
-        self.hidden: Node | None = None
-        self._ids = routing.selection.ids
+        self.tokens, _ = (g.expression(d) for d in g.shape(routing.selection.ids) or ())
         self._inside = set(region.nodes)
+        self._dense = self._reads_stacks(routing, region)
         self._known: dict[Node, Any] = {}
         for node in region.replaced:
-            self._known[node] = Ids("flat") if g.is_integer(node) else PickWeights("flat")
+            self._known[node] = Gates("TE") if routing.cut.dense else Ids("flat") if g.is_integer(node) else PickWeights("flat")
+
+    @property
+    def before(self) -> list[Node]:
+        """Experts' own nodes that stand outside the region, as they do not depend on the routing decision."""
+        return [n for n in self._dense if isinstance(self._known.get(n), (Grid, Lone, Halves))]
 
     def meaning(self, node: object) -> Any:
         """The node's meaning, or None."""
         if not isinstance(node, Node):
             return None
         if node not in self._known:
-            rule = _RULES.get(op(node)) if node in self._inside or op(node) in _PREPARES else None
+            rule = _RULES.get(op(node)) if self._is_experts_own(node) else None
             found = rule(self, node) if rule is not None else None
             if found is None and node not in self._inside and self._has_a_row_for_each_token(node):
                 found = Hidden(node)
             self._known[node] = found
         return self._known[node]
 
-    def _has_a_row_for_each_token(self, node: Node) -> bool:
-        dims, ids = g.shape(node), g.shape(self._ids)
-        if dims is None or ids is None or not g.is_float(node) or len(dims) != 2 or len(ids) != 2:
-            return False
-        return g.expression(dims[0]) == g.expression(ids[0])
+    def lacks_meaning(self, node: Node) -> bool:
+        """Whether an op of the experts' own, outside the region, was met and not understood."""
+        return node in self._dense and node in self._known and self._known[node] is None and not self._is_leaf_stack(node)
 
-    def take_hidden(self, hidden: Hidden) -> bool:
-        """All experts must read one hidden state."""
-        if self.hidden is None:
-            self.hidden = hidden.node
-        return self.hidden is hidden.node
+    def stack(self, node: object, rank: int) -> Node | None:
+        """A tensor with as many slices as there are experts: [E, ., .] or, of rank 2, [E, .]."""
+        fits = isinstance(node, Node) and is_float(node) and g.rank(node) == rank and g.size(node, 0) == self.num_experts
+        return node if fits and not isinstance(self.meaning(node), Numbers) else None  # type: ignore[return-value]
+
+    def _is_experts_own(self, node: Node) -> bool:
+        return node in self._inside or node in self._dense or op(node) in _PREPARES
+
+    def _reads_stacks(self, routing: Routing, region: Region) -> dict[Node, None]:
+        """What is computed from stacks [E, ...] between the router's input and the end of the experts, in graph order."""
+        found: dict[Node, None] = {}
+        node = routing.router.hidden
+        while node is not region.output:
+            node = node.next
+            from_stack = any(i in found or self._is_leaf_stack(i) for i in node.all_input_nodes)
+            if from_stack and node.op == "call_function" and node not in self._inside:
+                found[node] = None
+        return found
+
+    def _is_leaf_stack(self, node: Node) -> bool:
+        while op(node) in g.LAYOUT | {"select", "unbind", "getitem"}:
+            node = node.all_input_nodes[0]
+        is_leaf = node.op in ("placeholder", "get_attr") and is_float(node)
+        return is_leaf and g.rank(node) >= 2 and g.size(node, 0) == self.num_experts
+
+    def _has_a_row_for_each_token(self, node: Node) -> bool:
+        dims = g.shape(node)
+        return dims is not None and is_float(node) and len(dims) == 2 and g.expression(dims[0]) == self.tokens
+
+
+# -------------------------------------------------------------------------------------------------- picks as rows
 
 
 def _same(interpreter: _Interpreter, node: Node) -> Any:
     """f(x) = x: another layout or dtype of the same numbers, where a row stays a row."""
     meaning = interpreter.meaning(node.args[0])
-    if isinstance(meaning, Hidden):
+    if meaning is None or isinstance(meaning, (Hidden, One, StackedBias)):
         return None  # a new layout of the experts' input is itself the input, unless a rule says what it is
     converts = g.dtype(node) != g.dtype(node.args[0]) and op(node) in g.CASTS
-    if converts and (isinstance(meaning, OwnMatrix) or (isinstance(meaning, Rows) and meaning.expression[0] != "weighted")):
+    if converts and (isinstance(meaning, OwnMatrix) or (isinstance(meaning, Numbers) and meaning.expression[0] != "weighted")):
         return None  # a model that computes in another dtype than it stores, or rounds on the way, means to
+    if isinstance(meaning, (Grid, Gates)):
+        return _relaid(interpreter, node, meaning)
     keeps_rows = op(node) in g.CASTS | _ROW_KEEPING or g.size(node, -1) == g.size(node.args[0], -1)
     if isinstance(meaning, (Rows, OwnMatrix, Output)) and not keeps_rows:
         return None
-    return meaning if isinstance(meaning, (Ids, Places, Tokens, PickWeights, Rows, OwnMatrix, Output, Counts)) else None
+    if isinstance(meaning, (Hot, Picked, Lone, Partial)) and not g.same_shape(node, node.args[0]):
+        return None
+    return None if isinstance(meaning, (Sorted, Halves, Unstacked, Empty, Enumeration)) else meaning
 
 
 _ROW_KEEPING = frozenset("unsqueeze squeeze contiguous clone alias detach".split())
@@ -263,7 +259,7 @@ def _getitem(interpreter: _Interpreter, node: Node) -> Any:
         return Ids(meaning.order) if index == 0 else Places(meaning.order)
     if isinstance(meaning, Halves) and index in (0, 1):
         return replace(meaning.rows, expression=("half", meaning.rows.expression, index, "concatenated"))
-    return None
+    return One(meaning.stack, index) if isinstance(meaning, Unstacked) and isinstance(index, int) and index >= 0 else None
 
 
 def _floor_divide(interpreter: _Interpreter, node: Node) -> Any:
@@ -286,8 +282,8 @@ def _index(interpreter: _Interpreter, node: Node) -> Any:
     stacked = isinstance(source, Node) and is_float(source) and g.size(source, 0) == interpreter.num_experts
     if isinstance(by, Ids) and isinstance(source, Node) and stacked:
         return OwnMatrix(source, by.order)
-    if isinstance(by, Tokens) and isinstance(rows, Hidden) and interpreter.take_hidden(rows):
-        return Rows(by.order, ("input",))
+    if isinstance(by, Tokens) and isinstance(rows, Hidden):
+        return Rows(by.order, ("input", rows.node))
     if isinstance(by, Places) and isinstance(rows, (PickWeights, Rows, Ids)):
         reorders = rows.order == "flat" if not by.inverse else rows.order == by.order
         return replace(rows, order="flat" if by.inverse else by.order) if reorders else None
@@ -299,17 +295,15 @@ def _repeat(interpreter: _Interpreter, node: Node) -> Any:
     rows = interpreter.meaning(node.args[0])
     repeats, dim = argument(node, "repeats", 1), argument(node, "dim", 2)
     fits = isinstance(rows, Hidden) and repeats == interpreter.top_k and dim == 0
-    return Rows("flat", ("input",)) if fits and interpreter.take_hidden(rows) else None
+    return Rows("flat", ("input", rows.node)) if fits else None
 
 
 def _expand(interpreter: _Interpreter, node: Node) -> Any:
-    """[T, 1, H] expanded to [T, K, H] is a row for each pick."""
-    before = node.args[0]
-    if not (isinstance(before, Node) and op(before) == "unsqueeze" and before.args[1] in (1, -2)):
-        return _same(interpreter, node)
-    rows = interpreter.meaning(before.args[0])
-    fits = isinstance(rows, Hidden) and g.rank(node) == 3 and g.size(node, 1) == interpreter.top_k
-    return Rows("flat", ("input",)) if fits and interpreter.take_hidden(rows) else None
+    """[T, 1, H] expanded to [T, K, H] is a row for each pick; [T, H] to [E, T, H] a grid."""
+    before = interpreter.meaning(node.args[0])
+    if isinstance(before, Grid) and before.axes == "T1C" and g.rank(node) == 3 and g.size(node, 1) == interpreter.top_k:
+        return Rows("flat", before.expression)
+    return _expand_grid(interpreter, node, before) if isinstance(before, (Grid, Hidden)) else _same(interpreter, node)
 
 
 def _count(interpreter: _Interpreter, node: Node) -> Any:
@@ -338,6 +332,12 @@ def _grouped_mm(interpreter: _Interpreter, node: Node) -> Any:
 def _bmm(interpreter: _Interpreter, node: Node) -> Any:
     """[N, out, in] @ [N, in, 1] and [N, 1, in] @ [N, in, out]: each pick's row times its own matrix."""
     left, right = (interpreter.meaning(a) for a in node.args[:2])
+    if not isinstance(left, OwnMatrix) and not isinstance(right, OwnMatrix):
+        return _matmul_grid(interpreter, node)
+    if any(isinstance(m, OwnMatrix) and g.rank(m.stack) != 3 for m in (left, right)):
+        return None
+    if any(not _same_leading(a, node) for a in node.args[:2]):
+        return None
     if isinstance(left, OwnMatrix) and isinstance(right, Rows) and left.order == right.order and g.size(node, -1) == 1:
         return replace(right, expression=("times", right.expression, left.stack, False))
     if isinstance(left, Rows) and isinstance(right, OwnMatrix) and left.order == right.order and g.size(node, -2) == 1:
@@ -351,24 +351,33 @@ def _chunk(interpreter: _Interpreter, node: Node) -> Any:
     width = g.size(node.args[0], -1)
     parts = argument(node, "chunks", 1) if op(node) == "chunk" else None
     halves = parts == 2 or (width is not None and width % 2 == 0 and argument(node, "split_size", 1) == width // 2)
-    last = dim in (-1, g.rank(node.args[0]) - 1)
-    return Halves(rows) if isinstance(rows, Rows) and halves and last and width is not None and width % 2 == 0 else None
+    last = dim in (-1, g.rank(node.args[0]) - 1) and _ends_in_columns(rows)
+    return Halves(rows) if halves and last and width is not None and width % 2 == 0 else None
 
 
 def _slice(interpreter: _Interpreter, node: Node) -> Any:
     """x[..., 0::2], x[..., 1::2]: every other column; x[..., :I], x[..., I:]: a half."""
     rows, width = interpreter.meaning(node.args[0]), g.size(node.args[0], -1)
-    if not isinstance(rows, Rows) or width is None or argument(node, "dim", 1, 0) not in (-1, g.rank(node) - 1):
+    if g.same_shape(node, node.args[0]):
+        return rows if isinstance(rows, (*NUMBERS, Gates, StackedBias)) else None  # x[:, :]
+    if width is None or argument(node, "dim", 1, 0) not in (-1, g.rank(node) - 1):
         return None
     start, end, step = (argument(node, name, i) for i, name in ((2, "start"), (3, "end"), (4, "step")))
     if not all(isinstance(a, (int, type(None))) for a in (start, end, step)):
         return None
     span = (start or 0, width if end is None else min(int(end), width), step or 1)
+    if rows == Gates("TE"):
+        return Picked(span[0], "column") if span == (span[0], span[0] + 1, 1) and span[0] >= 0 else None
+    if not _ends_in_columns(rows):
+        return None
     spans = {(0, width, 2): (0, "interleaved"), (1, width, 2): (1, "interleaved"),
              (0, width // 2, 1): (0, "concatenated"), (width // 2, width, 1): (1, "concatenated")}  # fmt: skip
-    if span == (0, width, 1):
-        return rows
     return replace(rows, expression=("half", rows.expression, *spans[span])) if span in spans and width % 2 == 0 else None
+
+
+def _ends_in_columns(meaning: object) -> bool:
+    """Whether the last dimension holds a row's columns."""
+    return isinstance(meaning, (Rows, Lone)) or (isinstance(meaning, Grid) and meaning.axes.endswith("C"))
 
 
 def _inverse(interpreter: _Interpreter, node: Node) -> Any:
@@ -381,11 +390,21 @@ def _inverse(interpreter: _Interpreter, node: Node) -> Any:
 
 
 def _sum(interpreter: _Interpreter, node: Node) -> Any:
-    """[T, K, H] summed over K: each token's sum over its picks."""
-    rows, dims = interpreter.meaning(node.args[0]), argument(node, "dim", 1)
-    over_picks = dims in ([1], [-2], (1,), (-2,)) and argument(node, "keepdim", 2, False) is False
-    shaped = g.rank(node.args[0]) == 3 and g.size(node.args[0], 1) == interpreter.top_k
-    return Output(rows.expression) if isinstance(rows, Rows) and rows.order == "flat" and over_picks and shaped else None
+    """[T, K, H] summed over K, or a weighted grid over E: each token's sum over its picks."""
+    meaning, dims, rank = interpreter.meaning(node.args[0]), argument(node, "dim", 1), g.rank(node.args[0])
+    keeps = argument(node, "keepdim", 2, False) is True
+    if not isinstance(dims, (list, tuple)) or len(dims) != 1 or argument(node, "dtype", 3) is not None:
+        return None
+    dim = dims[0] % rank
+    if meaning == Hot(weighted=True) and dim == 1 and not keeps:
+        return Gates("TE")
+    if isinstance(meaning, Picked) and meaning.form == "weights" and dim == 1:
+        return replace(meaning, form="column" if keeps else "row")
+    if isinstance(meaning, Grid) and meaning.expression[0] == "weighted" and meaning.axes[dim] == "E" and not keeps:
+        return Output(meaning.expression) if meaning.axes.replace("E", "") == "TC" else None
+    over_picks = isinstance(meaning, Rows) and meaning.order == "flat" and dim == 1 and not keeps
+    shaped = rank == 3 and g.size(node.args[0], 1) == interpreter.top_k
+    return Output(meaning.expression) if over_picks and shaped else None
 
 
 def _index_add(interpreter: _Interpreter, node: Node) -> Any:
@@ -398,33 +417,444 @@ def _index_add(interpreter: _Interpreter, node: Node) -> Any:
 
 
 def _elementwise(interpreter: _Interpreter, node: Node) -> Any:
-    """An op on rows alone, or on rows and numbers, keeps its name in the expression."""
-    operands = [interpreter.meaning(a) if isinstance(a, Node) else a for a in node.args]
-    rows = [o for o in operands if isinstance(o, Rows)]
-    if not rows or len({r.order for r in rows}) > 1:
+    """An op on numbers alone, or on numbers and constants, keeps its name in the expression."""
+    meanings = [interpreter.meaning(a) if isinstance(a, Node) else a for a in node.args]
+    name = op(node)
+    if name == "add" and any(isinstance(m, Grid) for m in meanings):
+        pairs = zip(meanings, node.args, strict=True)
+        meanings = [m if isinstance(m, (Grid, StackedBias)) else _as_bias(interpreter, a) for m, a in pairs]
+    if any(m is None and isinstance(a, Node) for m, a in zip(meanings, node.args, strict=True)):
         return None
-    name, order = op(node), rows[0].order
-    if name in ("mul", "add") and node.kwargs:
-        return None  # add(x, y, alpha=2)
-    others = [o for o in operands if not isinstance(o, Rows)]
-    if name == "mul" and others == [PickWeights(order)]:
-        return Rows(order, ("weighted", rows[0].expression))
-    if name == "add" and len(others) == 1 and isinstance(others[0], OwnMatrix) and others[0].order == order:
-        if g.rank(others[0].stack) != 2:
-            return None
-        return Rows(order, ("biased", rows[0].expression, others[0].stack))
-    if any(not isinstance(o, (int, float)) and o is not None for o in others):
+    if name in ("mul", "add") and len(meanings) == 2:
+        if node.kwargs:
+            return None  # add(x, y, alpha=2)
+        if not isinstance(meanings[0], NUMBERS):  # commutative: numbers first
+            meanings.reverse()
+        if not all(isinstance(m, (*NUMBERS, int, float)) for m in meanings):
+            return _joined(interpreter, node, name, *meanings)
+    numbers = [m for m in meanings if isinstance(m, NUMBERS)]
+    constant = all(isinstance(m, (*NUMBERS, int, float, type(None))) for m in meanings)
+    if not numbers or not constant or len({replace(m, expression=()) for m in numbers}) > 1 or not _unbroadcast(node):
         return None
-    given = [o.expression if isinstance(o, Rows) else o for o in operands]
+    if any(isinstance(v, Node) for v in node.kwargs.values()):
+        return None
+    given = [m.expression if isinstance(m, NUMBERS) else m for m in meanings]
     named = [(k, v) for k, v in sorted(node.kwargs.items()) if isinstance(v, (int, float, str))]
-    if name in ("mul", "add"):  # commutative: rows first
-        given.sort(key=lambda o: not isinstance(o, tuple))
-    return Rows(order, (name, *given, *named))
+    return replace(numbers[0], expression=(name, *given, *named))
+
+
+def _as_bias(interpreter: _Interpreter, node: object) -> StackedBias | None:
+    """[E, C] as it is, which meets a grid's last two dimensions."""
+    stack = interpreter.stack(node, 2)
+    return StackedBias(stack, "EC") if stack is not None else None
+
+
+def _unbroadcast(node: Node) -> bool:
+    """Whether every tensor the op reads has the shape of its result."""
+    return all(g.same_shape(i, node) for i in node.all_input_nodes)
+
+
+def _same_leading(operand: object, node: Node) -> bool:
+    """Whether a product's operand has the leading dimensions of its result."""
+    left, right = g.shape(operand), g.shape(node)
+    return left is not None and right is not None and [*map(g.expression, left[:-2])] == [*map(g.expression, right[:-2])]
+
+
+def _joined(interpreter: _Interpreter, node: Node, name: str, first: Any, second: Any) -> Any:
+    """Numbers times weights, numbers plus biases, and terms of a sum over experts."""
+    nodes = node.all_input_nodes
+    if name == "mul" and isinstance(first, Numbers):
+        return _weighted(node, first, second)
+    if name == "mul" and {type(first), type(second)} == {PickWeights, Hot}:
+        weights, hot = (next(n for n in nodes if isinstance(interpreter.meaning(n), kind)) for kind in (PickWeights, Hot))
+        per_pick = g.rank(weights) == 3 and g.size(weights, -1) == 1 and g.size(weights, 1) == interpreter.top_k
+        return Hot(weighted=True) if interpreter.meaning(hot) == Hot() and per_pick and g.same_shape(hot, node) else None
+    if name == "mul" and {type(first), type(second)} == {PickWeights, Picked} and _unbroadcast(node):
+        picked = first if isinstance(first, Picked) else second
+        return Picked(picked.expert, "weights") if picked.form == "mask" else None
+    if name == "add" and isinstance(first, Numbers):
+        return _biased(interpreter, node, first, second)
+    return _added(interpreter, node, first, second) if name == "add" else None
+
+
+def _weighted(node: Node, numbers: Numbers, weights: Any) -> Any:
+    """Every row times its weight."""
+    result = replace(numbers, expression=("weighted", numbers.expression))
+    ranks = {g.rank(n) for n in node.all_input_nodes}
+    columns = {g.size(n, -1) for n in node.all_input_nodes}
+    if isinstance(numbers, Rows) and weights == PickWeights(numbers.order):
+        return result if ranks == {g.rank(node)} and columns == {1, g.size(node, -1)} else None
+    if isinstance(numbers, Grid) and isinstance(weights, Gates):
+        return result if _aligned(numbers.axes, weights.axes, {"T": "T", "E": "E", "F": "F", "C": "1", "1": "1"}) else None
+    if isinstance(numbers, Lone) and weights == Picked(numbers.expert, "column"):
+        return Partial(frozenset({numbers.expert}), result.expression)
+    return None
+
+
+def _biased(interpreter: _Interpreter, node: Node, numbers: Numbers, bias: Any) -> Any:
+    """Every row plus its expert's bias."""
+    if isinstance(bias, (int, float)):
+        return None
+    stack, fits = None, False
+    if isinstance(numbers, Rows) and isinstance(bias, OwnMatrix):
+        stack, fits = bias.stack, bias.order == numbers.order and _unbroadcast(node)
+    if isinstance(numbers, Grid) and isinstance(bias, StackedBias):
+        stack, fits = bias.stack, _aligned(numbers.axes, bias.axes, {"T": "1", "E": "E", "C": "C", "1": "1"})
+    if isinstance(numbers, Lone) and isinstance(bias, One):
+        stack, fits = bias.stack, bias.expert == numbers.expert
+    if stack is None or not fits or g.rank(stack) != 2 or g.size(stack, 1) != g.size(node, -1):
+        return None
+    return replace(numbers, expression=("biased", numbers.expression, stack))
+
+
+def _aligned(axes: str, other: str, wanted: dict[str, str]) -> bool:
+    """Whether dimensions that broadcast from the right meet as they should."""
+    return [wanted.get(a) for a in axes] == [*other.rjust(len(axes), "1")]
+
+
+def _added(interpreter: _Interpreter, node: Node, first: Any, second: Any) -> Any:
+    """The sum of some experts' terms and of others'."""
+    terms = [m for m in (first, second) if not (isinstance(m, Zero) or (isinstance(m, (int, float)) and m == 0))]
+    if len(terms) == 1 and isinstance(terms[0], (Partial, Output)):
+        kept = next(n for n in node.all_input_nodes if interpreter.meaning(n) is terms[0])
+        return terms[0] if g.same_shape(kept, node) else None
+    if not isinstance(first, Partial) or not isinstance(second, Partial) or not _unbroadcast(node):
+        return None
+    if first.experts & second.experts or first.expression != second.expression:
+        return None
+    experts = first.experts | second.experts
+    return Output(first.expression) if len(experts) == interpreter.num_experts else Partial(experts, first.expression)
+
+
+# ---------------------------------------------------------------------------------------- every expert on every token
+
+
+def _relaid(interpreter: _Interpreter, node: Node, meaning: Grid | Gates) -> Any:
+    """A grid's or a matrix's dimensions in another shape: [E, T, C] as [E T, C] and back, ones put in or taken out."""
+    if g.same_shape(node, node.args[0]):
+        return meaning
+    columns = g.size(node.args[0], -1)
+    sizes = {"T": interpreter.tokens, "E": interpreter.num_experts, "C": columns}
+    left, axes = [*meaning.axes.replace("F", "ET").replace("1", "")], ""
+    for size in map(g.expression, g.shape(node) or ()):
+        if left and size == sizes[left[0]]:
+            axes += left.pop(0)
+        elif left[:2] == ["E", "T"] and size == interpreter.num_experts * sizes["T"]:
+            axes, left = axes + "F", left[2:]
+        elif size == 1:
+            axes += "1"
+        else:
+            return None
+    return None if left else replace(meaning, axes=axes)
+
+
+def _unsqueeze(interpreter: _Interpreter, node: Node) -> Any:
+    source, dim = node.args[0], argument(node, "dim", 1)
+    meaning = interpreter.meaning(source)
+    if not isinstance(dim, int):
+        return None
+    at = dim % g.rank(node)
+    stack = interpreter.stack(source, 2)
+    if stack is not None and (meaning is None or (isinstance(meaning, Hidden) and g.is_parameter(stack))):
+        return StackedBias(stack, "EC"[:at] + "1" + "EC"[at:])
+    if isinstance(meaning, Hidden) and at < 2:
+        return Grid("1TC" if at == 0 else "T1C", ("input", meaning.node))
+    if isinstance(meaning, (Grid, Gates)):
+        return replace(meaning, axes=meaning.axes[:at] + "1" + meaning.axes[at:])
+    if isinstance(meaning, Picked) and meaning.form == "row" and at == 1:
+        return replace(meaning, form="column")
+    return _same(interpreter, node)
+
+
+def _expand_grid(interpreter: _Interpreter, node: Node, before: Grid | Hidden) -> Any:
+    """A dimension of one that becomes a dimension of experts."""
+    axes = before.axes if isinstance(before, Grid) else "TC"
+    expression = before.expression if isinstance(before, Grid) else ("input", before.node)
+    dims = [g.expression(d) for d in g.shape(node) or ()]
+    if len(dims) < 3:
+        return None
+    named = [
+        axis if axis != "1" or size == 1 else "E" if size == interpreter.num_experts and "E" not in axes else "?"
+        for axis, size in zip(axes.rjust(len(dims), "1"), dims, strict=True)
+    ]
+    return Grid("".join(named), expression) if "?" not in named else None
+
+
+def _repeat_grid(interpreter: _Interpreter, node: Node) -> Any:
+    """x.repeat(E, 1): all tokens, E times over."""
+    meaning, times = interpreter.meaning(node.args[0]), argument(node, "repeats", 1)
+    if not isinstance(times, (list, tuple)) or times[0] != interpreter.num_experts or any(t != 1 for t in times[1:]):
+        return None
+    if isinstance(meaning, Hidden) and len(times) in (2, 3):
+        return Grid("FC" if len(times) == 2 else "ETC", ("input", meaning.node))
+    return Grid("ETC", meaning.expression) if isinstance(meaning, Grid) and meaning.axes == "1TC" and len(times) == 3 else None
+
+
+def _permute(interpreter: _Interpreter, node: Node) -> Any:
+    """Dimensions in another order."""
+    meaning, rank = interpreter.meaning(node.args[0]), g.rank(node)
+    order = _order(node, rank)
+    if order is None:
+        return None
+    if isinstance(meaning, One):
+        return replace(meaning, turned=not meaning.turned) if order == [1, 0] else None
+    if isinstance(meaning, (Grid, Gates)):
+        return replace(meaning, axes="".join(meaning.axes[d] for d in order))
+    return None
+
+
+def _order(node: Node, rank: int) -> list[int] | None:
+    """Which dimension of its input each dimension of a transpose is."""
+    order = list(range(rank))
+    if op(node) == "permute":
+        dims = argument(node, "dims", 1)
+        return [d % rank for d in dims] if isinstance(dims, (list, tuple)) else None
+    if op(node) in ("t", "numpy_T", "mT"):
+        swapped = (rank - 2, rank - 1) if rank == 2 or op(node) == "mT" else None
+    else:
+        given = [argument(node, "dim0", 1), argument(node, "dim1", 2)]
+        swapped = tuple(d % rank for d in given if isinstance(d, int))  # type: ignore[assignment]
+    if swapped is None or len(swapped) != 2:
+        return None
+    a, b = swapped
+    order[a], order[b] = order[b], order[a]
+    return order
+
+
+def _matmul(interpreter: _Interpreter, node: Node) -> Any:
+    """x @ W in all its forms: a pick's own matrix, all experts' matrices, one expert's."""
+    left, right = (interpreter.meaning(a) for a in node.args[:2])
+    if isinstance(left, OwnMatrix) or isinstance(right, OwnMatrix):
+        return _bmm(interpreter, node)
+    if isinstance(right, One):
+        return _times_one(left, right, transposed=not right.turned)
+    return _matmul_grid(interpreter, node)
+
+
+def _matmul_grid(interpreter: _Interpreter, node: Node) -> Any:
+    """[E, T, in] @ [E, in, out]: every row times its expert's matrix; [T, 1, E] @ [T, E, C]: the sum over experts."""
+    left, right = (interpreter.meaning(a) for a in node.args[:2])
+    if left == Gates("T1E") and isinstance(right, Grid) and right.axes == "TEC":
+        return Output(("weighted", right.expression))
+    stack = interpreter.stack(node.args[1], 3)
+    if stack is None:
+        return None
+    if isinstance(left, Hidden):
+        return Grid("ETC", ("times", ("input", left.node), stack, True))
+    if not isinstance(left, Grid) or left.axes not in ("1TC", "ETC", "TE1C"):
+        return None
+    return Grid(left.axes.replace("1T", "ET"), ("times", left.expression, stack, True))
+
+
+def _baddbmm(interpreter: _Interpreter, node: Node) -> Any:
+    """bias + [E, T, in] @ [E, in, out]."""
+    bias, left = (interpreter.meaning(a) for a in node.args[:2])
+    stack = interpreter.stack(node.args[2], 3)
+    scaled = bool(node.kwargs) or stack is None
+    if scaled or not isinstance(bias, StackedBias) or not isinstance(left, Grid) or (bias.axes, left.axes) != ("E1C", "ETC"):
+        return None
+    return Grid("ETC", ("biased", ("times", left.expression, stack, True), bias.stack))
+
+
+def _select(interpreter: _Interpreter, node: Node) -> Any:
+    """W[e], or the weights' column e."""
+    source, dim, index = node.args[0], node.args[1], node.args[2]
+    if not isinstance(index, int) or index < 0:
+        return None
+    if interpreter.meaning(source) == Gates("TE"):
+        return Picked(index, "row") if dim in (1, -1) else None
+    stack = interpreter.stack(source, 3) or interpreter.stack(source, 2)
+    return One(stack, index) if stack is not None and dim == 0 else None
+
+
+def _unbind(interpreter: _Interpreter, node: Node) -> Any:
+    stack = interpreter.stack(node.args[0], 3) or interpreter.stack(node.args[0], 2)
+    return Unstacked(stack) if stack is not None and argument(node, "dim", 1, 0) == 0 else None
+
+
+def _linear(interpreter: _Interpreter, node: Node) -> Any:
+    """x @ W[e].T + b[e]."""
+    x, weight = (interpreter.meaning(a) for a in node.args[:2])
+    product = _times_one(x, weight, transposed=weight.turned) if isinstance(weight, One) else None
+    bias = argument(node, "bias", 2)
+    return product if bias is None or product is None else _biased(interpreter, node, product, interpreter.meaning(bias))
+
+
+def _times_one(x: Any, weight: One, transposed: bool) -> Lone | None:
+    """A row for each token, times one expert's matrix."""
+    if g.rank(weight.stack) != 3 or (isinstance(x, Lone) and x.expert != weight.expert):
+        return None
+    expression = x.expression if isinstance(x, Lone) else ("input", x.node) if isinstance(x, Hidden) else None
+    return Lone(weight.expert, ("times", expression, weight.stack, transposed)) if expression is not None else None
+
+
+def _stacked(interpreter: _Interpreter, node: Node) -> Any:
+    """stack of every expert's rows, in order."""
+    parts, dim = node.args[0], argument(node, "dim", 1, 0)
+    rows = [interpreter.meaning(p) for p in parts] if isinstance(parts, (list, tuple)) else []
+    if not all(isinstance(r, Lone) for r in rows) or [r.expert for r in rows] != [*range(interpreter.num_experts)]:
+        return None
+    if len({r.expression for r in rows}) > 1 or dim not in (0, 1, -2):
+        return None
+    return Grid("ETC" if dim == 0 else "TEC", rows[0].expression)
+
+
+def _one_hot(interpreter: _Interpreter, node: Node) -> Any:
+    ids, classes = node.args[0], argument(node, "num_classes", 1)
+    per_token = interpreter.meaning(ids) == Ids("flat") and g.rank(ids) == 2
+    return Hot() if per_token and classes == interpreter.num_experts else None
+
+
+def _is_expert(interpreter: _Interpreter, node: Node) -> Any:
+    """ids == e."""
+    ids, expert = node.args
+    per_token = interpreter.meaning(ids) == Ids("flat") and g.rank(ids) == 2
+    known = isinstance(expert, int) and 0 <= expert < interpreter.num_experts
+    return Picked(expert, "mask") if per_token and known else None
+
+
+def _where(interpreter: _Interpreter, node: Node) -> Any:
+    """The weights of one expert's picks, 0 for all others."""
+    mask, weights, other = node.args
+    picked = interpreter.meaning(mask)
+    zero = isinstance(other, (int, float)) and other == 0
+    fits = isinstance(picked, Picked) and picked.form == "mask" and interpreter.meaning(weights) == PickWeights("flat")
+    return replace(picked, form="weights") if fits and zero and _unbroadcast(node) else None
+
+
+# ------------------------------------------------------------------------------------------------------------ einsum
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """One operand of an einsum: its letters, and what each of them runs over (C, R: columns and rows, not told apart)."""
+
+    letters: str
+    axes: str
+    meaning: Any
+    node: Node
+
+    @property
+    def index(self) -> dict[str, str]:
+        """Letters that count tokens, picks or experts."""
+        return {letter: axis for letter, axis in zip(self.letters, self.axes, strict=True) if axis in "TKEN"}
+
+
+def _einsum(interpreter: _Interpreter, node: Node) -> Any:
+    """Rows times matrices, weighted, summed over picks or experts: any of it in one op."""
+    equation, operands = node.args[:2]
+    if not isinstance(equation, str) or not isinstance(operands, (list, tuple)) or "." in equation or "->" not in equation:
+        return None
+    inputs, output = equation.replace(" ", "").split("->")
+    factors = [_factor(interpreter, *pair) for pair in zip(inputs.split(","), operands, strict=True)]
+    if any(f is None or len(set(f.letters)) < len(f.letters) for f in factors):
+        return None
+    index: dict[str, str] = {}
+    for f in factors:
+        if any(index.setdefault(letter, axis) != axis for letter, axis in f.index.items()):  # type: ignore[union-attr]
+            return None
+    if len(set(index.values())) < len(index):
+        return None  # two letters for one thing: all pairs of tokens, say
+    if any(letter in index and letter not in f.index for f in factors for letter in f.letters):  # type: ignore[union-attr]
+        return None  # one letter for two things
+    kinds = {
+        kind: [f for f in factors if isinstance(f.meaning, types)]  # type: ignore[union-attr]
+        for kind, types in (("rows", (Hidden, *NUMBERS)), ("matrix", (OwnMatrix, _Stack)), ("weights", (PickWeights, Gates)),
+                            ("hot", (Hot,)))
+    }  # fmt: skip
+    return _contract(interpreter, kinds, index, output)  # type: ignore[arg-type]
+
+
+class _Stack:
+    """A tensor [E, ., .] as it is."""
+
+
+def _factor(interpreter: _Interpreter, letters: str, node: Node) -> _Factor | None:
+    """What each dimension of an operand runs over, or None."""
+    meaning: Any = interpreter.meaning(node)
+    if meaning is None and interpreter.stack(node, 3) is not None:
+        meaning = _Stack()
+    axes = _axes(interpreter, node, meaning)
+    return _Factor(letters, axes, meaning, node) if axes is not None and len(axes) == len(letters) else None
+
+
+def _axes(interpreter: _Interpreter, node: Node, meaning: Any) -> str | None:
+    rank, fixed = g.rank(node), {Hidden: "TC", _Stack: "ERC", Hot: "TKE"}
+    if type(meaning) in fixed:
+        return fixed[type(meaning)]
+    if isinstance(meaning, (Grid, Gates)):
+        return meaning.axes if set(meaning.axes) <= set("TEC") else None
+    tail = {Rows: "C", OwnMatrix: "RC", PickWeights: ""}.get(type(meaning))
+    if tail is None or (isinstance(meaning, OwnMatrix) and g.rank(meaning.stack) != 3):
+        return None
+    dims = [g.expression(d) for d in g.shape(node) or ()]
+    by_token = meaning.order == "flat" and dims[:2] == [interpreter.tokens, interpreter.top_k]
+    lead = "N" if rank == 1 + len(tail) else "TK" if rank == 2 + len(tail) and by_token else None
+    return lead + tail if lead is not None else None
+
+
+def _contract(interpreter: _Interpreter, kinds: dict[str, list[_Factor]], index: dict[str, str], output: str) -> Any:
+    rows, matrix, weights, hot = kinds["rows"], kinds["matrix"], kinds["weights"], kinds["hot"]
+    kept = "".join(index.get(letter, "C") for letter in output)
+    if not rows and not matrix and len(weights) == len(hot) == 1 and hot[0].meaning == Hot():
+        return Gates("TE") if kept == "TE" and weights[0].axes == "TK" else None
+    if len(rows) != 1 or hot or len(matrix) > 1 or len(weights) > 1:
+        return None
+    (row,), order = rows, None
+    column = next((letter for letter, axis in zip(row.letters, row.axes, strict=True) if axis == "C"), None)
+    expression = ("input", row.node) if isinstance(row.meaning, Hidden) else row.meaning.expression
+    orders = {f.meaning.order for f in (*rows, *matrix, *weights) if isinstance(f.meaning, (Rows, OwnMatrix, PickWeights))}
+    for product in matrix:
+        first, second = product.letters[-2], product.letters[-1]
+        if column not in (first, second):
+            return None
+        stack = product.node if isinstance(product.meaning, _Stack) else product.meaning.stack
+        expression = ("times", expression, stack, first == column)
+        inner, column = column, second if first == column else first
+        if any(letter in output for letter in inner) or column in row.letters:
+            return None
+    if weights:
+        expression = ("weighted", expression)
+    if len(orders) > 1 or not output.endswith(column or "?") or "C" in kept[:-1]:
+        return None
+    order = orders.pop() if orders else None
+    summed = set(index.values()) - set(kept)
+    return _placed(expression, order, set(index.values()), kept, summed, weighed=bool(weights))
+
+
+def _placed(expression: tuple, order: Order | None, axes: set[str], kept: str, summed: set[str], weighed: bool) -> Any:
+    """The result of a contraction by the dimensions that are left of it."""
+    if not summed and kept in ("TKC", "NC") and order is not None and axes in ({"T", "K"}, {"N"}):
+        return Rows(order, expression)
+    if not summed and sorted(kept) == ["C", "E", "T"] and order is None:
+        return Grid(kept, expression)
+    if weighed and kept == "TC" and (axes, summed) in (({"T", "K"}, {"K"}), ({"T", "E"}, {"E"})):
+        return Output(expression)
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------- rules
 
 
 _RULES: dict[str, Callable[[_Interpreter, Node], Any]] = {
     **dict.fromkeys(g.RESHAPES | g.CASTS, _same),
+    **dict.fromkeys(g.TRANSPOSES, _permute),
+    **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), lambda interpreter, node: Zero()),
+    "unsqueeze": _unsqueeze,
     "expand": _expand,
+    "repeat": _repeat_grid,
+    "matmul": _matmul,
+    "mm": _matmul,
+    "linear": _linear,
+    "baddbmm": _baddbmm,
+    "einsum": _einsum,
+    "select": _select,
+    "unbind": _unbind,
+    "stack": _stacked,
+    "one_hot": _one_hot,
+    "eq": _is_expert,
+    "where": _where,
+    "fused_experts": _called,
     "sort": _sort,
     "argsort": _argsort,
     "getitem": _getitem,
@@ -451,133 +881,6 @@ _RULES: dict[str, Callable[[_Interpreter, Node], Any]] = {
     **dict.fromkeys("mul add silu gelu relu sigmoid square pow clamp clamp_min clamp_max".split(), _elementwise),
 }
 #: Ops that prepare the experts' input before the routing decision is read, so that they stand outside the region.
-_PREPARES = frozenset({"repeat_interleave", "expand", "arange"}) | g.RESHAPES | g.CASTS
-
-
-# -------------------------------------------------------------------------------------------------- expressions
-
-
-def _as_mlp(region: Region, hidden: Node, expression: tuple) -> Experts | None:
-    """weighted(down(act(gate_up(input)))), with or without biases, as arguments of the op; None if it is not that."""
-    if expression[0] != "weighted":
-        return None
-    inner, b_down = _unbias(expression[1])
-    if inner[0] != "times":
-        return None
-    _, activated, w_down, down_transposed = inner
-    for match in _ACTIVATIONS:
-        found = match(activated)
-        if found is None:
-            continue
-        gate_up, kind = found
-        projected, b_gate_up = _unbias(gate_up)
-        if projected[0] != "times" or projected[1] != ("input",) or projected[3] != down_transposed:
-            return None
-        w_gate_up = projected[2]
-        return _stacked_as_stored(
-            Experts(region, hidden, w_gate_up, w_down, b_gate_up, b_down, transposed=down_transposed, **kind)
-        )
-    return None
-
-
-def _unbias(expression: tuple) -> tuple[tuple, Node | None]:
-    return (expression[1], expression[2]) if expression[0] == "biased" else (expression, None)
-
-
-def _stacked_as_stored(experts: Experts) -> Experts:
-    """Both matrices by the tensors the model stores, where the graph reads both through a transpose."""
-    w_gate_up, w_down = _untransposed(experts.w_gate_up), _untransposed(experts.w_down)
-    if w_gate_up is None or w_down is None:
-        return experts
-    return replace(experts, w_gate_up=w_gate_up, w_down=w_down, transposed=not experts.transposed)
-
-
-def _untransposed(stack: Node) -> Node | None:
-    swaps = op(stack) == "transpose" and set(stack.args[1:3]) in ({-2, -1}, {1, 2})
-    return stack.args[0] if swaps and isinstance(stack.args[0], Node) else None
-
-
-def _halves(gate: tuple, up: tuple) -> tuple[tuple, str] | None:
-    """(gate_up, layout) when gate and up are the two parts of one projection."""
-    if gate[0] == up[0] == "half" and gate[1] == up[1] and gate[2:] == (0, up[3]) and up[2] == 1:
-        return gate[1], up[3]
-    return None
-
-
-def _clamp_bounds(expression: tuple) -> tuple[tuple, float | None, float | None]:
-    """(inside, lower, upper) of a clamp; of anything else, itself without bounds."""
-    if expression[0] != "clamp":
-        return expression, None, None
-    named: dict[str, Any] = dict(a for a in expression[2:] if isinstance(a, tuple))
-    plain = dict(zip(("min", "max"), (a for a in expression[2:] if not isinstance(a, tuple)), strict=False))
-    bounds = {**plain, **named}
-    return expression[1], bounds.get("min"), bounds.get("max")
-
-
-def _limited(gate: tuple, up: tuple) -> tuple[tuple, tuple, float | None] | None:
-    """gate <= limit and |up| <= limit, or neither is limited."""
-    gate, gate_low, gate_high = _clamp_bounds(gate)
-    up, up_low, up_high = _clamp_bounds(up)
-    if (gate_low, gate_high, up_low, up_high) == (None,) * 4:
-        return gate, up, None
-    if gate_low is None and gate_high is not None and up_high == gate_high and up_low == -gate_high:
-        return gate, up, gate_high
-    return None
-
-
-_UNARY = {("silu",): "silu", ("relu",): "relu", ("gelu",): "gelu", ("gelu", ("approximate", "tanh")): "gelu_tanh",
-          ("gelu", ("approximate", "none")): "gelu"}  # fmt: skip
-
-
-def _kind(activation: str, gated: str, limit: float | None = None, alpha: float = 1.702) -> dict[str, Any]:
-    return {"activation": activation, "gated": gated, "limit": limit, "alpha": alpha}
-
-
-def _gated(expression: tuple) -> tuple[tuple, dict[str, Any]] | None:
-    """act(gate) * up."""
-    if expression[0] != "mul" or len(expression) != 3:
-        return None
-    for activated, up in (expression[1:], expression[:0:-1]):
-        if not isinstance(activated, tuple) or not isinstance(up, tuple) or len(activated) < 2:
-            continue
-        name = _UNARY.get((activated[0], *activated[2:]))
-        limited = _limited(activated[1], up) if name is not None and isinstance(activated[1], tuple) else None
-        halves = _halves(*limited[:2]) if limited is not None else None
-        if name is not None and limited is not None and halves is not None:
-            return halves[0], _kind(name, halves[1], limited[2])
-    return None
-
-
-def _swiglu_clamped(expression: tuple) -> tuple[tuple, dict[str, Any]] | None:
-    """(up + 1) * gate * sigmoid(alpha * gate), gate and up limited."""
-    if expression[0] != "mul" or len(expression) != 3:
-        return None
-    for plus_one, swish in (expression[1:], expression[:0:-1]):
-        if not (_is(plus_one, "add", 3) and plus_one[2] == 1 and _is(swish, "mul", 3)):
-            continue
-        for gate, sigmoid in (swish[1:], swish[:0:-1]):
-            scaled = sigmoid[1] if _is(sigmoid, "sigmoid", 2) else None
-            if not (_is(scaled, "mul", 3) and scaled[1] == gate and isinstance(scaled[2], float)):
-                continue
-            limited = _limited(gate, plus_one[1])
-            halves = _halves(*limited[:2]) if limited is not None else None
-            if limited is not None and halves is not None:
-                return halves[0], _kind("swiglu_clamped", halves[1], limited[2] or math.inf, scaled[2])
-    return None
-
-
-def _ungated(expression: tuple) -> tuple[tuple, dict[str, Any]] | None:
-    """act(up)."""
-    if _is(expression, "square", 2) or (_is(expression, "pow", 3) and expression[2] == 2):
-        inner = expression[1]
-        return (inner[1], _kind("relu2", "none")) if _is(inner, "relu", 2) else None
-    name = _UNARY.get((expression[0], *expression[2:]))
-    return (expression[1], _kind(name, "none")) if name is not None else None
-
-
-def _is(expression: Any, name: str, length: int) -> TypeGuard[tuple]:
-    return isinstance(expression, tuple) and len(expression) == length and expression[0] == name
-
-
-#: Every activation that is known, tried in order: (its argument, how the op calls it), or None.
-_ACTIVATIONS: tuple[Callable[[tuple], tuple[tuple, dict[str, Any]] | None], ...] = (_gated, _swiglu_clamped, _ungated)
+_PREPARES = frozenset("repeat_interleave expand repeat arange zeros zeros_like new_zeros select unbind".split()) | (
+    g.RESHAPES | g.CASTS | g.TRANSPOSES
+)

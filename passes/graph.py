@@ -33,13 +33,22 @@ def op(node: object) -> str:
     """The plain name of what a node calls (``softmax``, ``getitem``), or "" for anything that is no call."""
     if not isinstance(node, Node) or node.op != "call_function":
         return ""
+    return plain_name(called(node))
+
+
+def called(node: Node) -> object:
+    """What a call computes: its target, or the op that it functionalizes (engines' ops write into a given output)."""
     target = node.target
+    is_wrapper = isinstance(target, torch._ops.HigherOrderOperator) and target.name().startswith("auto_functionalized")
+    return node.args[0] if is_wrapper else target
+
+
+def plain_name(target: object) -> str:
+    """The plain name of a call's target: a function, an op, or a method's name as Dynamo writes it."""
     if isinstance(target, torch._ops.OpOverload):
         name = target._schema.name.split("::")[-1]
-    elif isinstance(target, torch._ops.OpOverloadPacket):
-        name = target.__name__
     else:
-        name = getattr(target, "__name__", "")
+        name = target if isinstance(target, str) else getattr(target, "__name__", "")
     return name.removesuffix("_") if not name.startswith("__") else name
 
 
@@ -47,7 +56,7 @@ def qualified_op(node: Node) -> str:
     """The op's name with its namespace (``aten.topk``), for tables of ops in reports."""
     if node.op != "call_function":
         return node.op
-    target = node.target
+    target = called(node)
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.replace("::", ".")
     return getattr(target, "__name__", str(target))
@@ -168,12 +177,18 @@ def common_path(paths: Iterable[str]) -> str:
     return ".".join(prefix)
 
 
+#: Where a graph whose inputs are told apart by a signature says of each whether it holds weights.
+IS_PARAMETER = "moe_fx_is_parameter"
+
+
 def is_parameter(node: Node) -> bool:
     """Whether a leaf holds weights: a parameter or buffer, so far as the graph tells."""
     if node.op == "get_attr":
         return True
     if node.op != "placeholder":
         return False
+    if IS_PARAMETER in node.meta:
+        return bool(node.meta[IS_PARAMETER])
     source = source_name(node)
     if source is not None:
         return "_parameters[" in source or "_buffers[" in source
@@ -189,6 +204,15 @@ def source_name(node: Node) -> str | None:
     return name() if callable(name) else name
 
 
+def _may_be_parameter(node: Node) -> bool:
+    """Whether an input of a graph that does not say which of them are parameters may be one.
+
+    Any matrix of fixed size may, or any stack of them, which may hold packed integers.
+    """
+    fixed = all(isinstance(expression(dim), int) for dim in shape(node) or ())
+    return fixed and rank(node) >= (2 if is_float(node) else 3)
+
+
 class Weights:
     """Which nodes of one graph are functions of weights alone (a cast, transpose or norm of parameters)."""
 
@@ -198,8 +222,7 @@ class Weights:
         self._of: set[Node] = set()
         for node in nodes:
             leaf = node.op in ("placeholder", "get_attr")
-            # A graph that does not say which inputs are parameters: any matrix given from outside may be one.
-            if leaf and (is_parameter(node) or (not known and rank(node) >= 2 and is_float(node))):
+            if leaf and (is_parameter(node) or (not known and _may_be_parameter(node))):
                 self._of.add(node)
             elif node.op == "call_function" and node.all_input_nodes and all(i in self._of for i in node.all_input_nodes):
                 self._of.add(node)

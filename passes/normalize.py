@@ -38,9 +38,15 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
     except Exception as error:  # whatever the retrace meets, the graph must still compile
         raise NormalizeError(f"it cannot be retraced to ATen ({type(error).__name__}: {_first_line(error)})") from error
     _carry_over(gm, new, placeholders)
-    functionalize_locals(new.graph)
-    new.recompile()
+    tidy(new)
     return new
+
+
+def tidy(gm: fx.GraphModule) -> None:
+    """Make every effect on the graph's own values an edge, and erase what nothing reads."""
+    functionalize_locals(gm.graph)
+    _erase_unread(gm.graph)
+    gm.recompile()
 
 
 def _first_line(error: Exception) -> str:
@@ -63,6 +69,21 @@ def _carry_over(old: fx.GraphModule, new: fx.GraphModule, placeholders: list[Nod
         names = {name for name, _ in [*new.named_parameters(), *new.named_buffers()]}
         if not names <= set(sources):
             del new._param_name_to_source
+
+
+def _erase_unread(graph: fx.Graph) -> None:
+    """Erase results that nothing reads: they would pass for readers of the routing decision.
+
+    Only ATen ops that return tensors, draw no random numbers and write nothing; what else stands in a graph may be there
+    for its effect.
+    """
+    for node in reversed(list(graph.nodes)):
+        target = node.target
+        if node.users or not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+            continue
+        draws = torch.Tag.nondeterministic_seeded in target.tags
+        if isinstance(value(node), torch.Tensor) and not draws and not target._schema.is_mutable:
+            graph.erase_node(node)
 
 
 def functionalize_locals(graph: fx.Graph) -> None:

@@ -63,12 +63,10 @@ def find_region(routing: Routing) -> Region | None:
 
 def _has_token_shape(node: Node, routing: Routing) -> bool:
     """Whether a value has one float vector for each token."""
-    ids, dims = routing.selection.ids, g.shape(node)
-    width = g.size(node, -1)
-    if dims is None or width is None or not g.is_float(node) or len(dims) != g.rank(ids):
+    dims, width = g.shape(node), g.size(node, -1)
+    if dims is None or width is None or not g.is_float(node):
         return False
-    leading = [g.expression(d) for d in dims[:-1]]
-    return width > 1 and leading == [g.expression(d) for d in g.shape(ids)[:-1]]
+    return width > 1 and [g.expression(d) for d in dims[:-1]] == routing.selection.tokens
 
 
 def _close(cone: list[Node], members: set[Node], starts: set[tuple[Node, Node]]) -> Region:

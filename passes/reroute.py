@@ -6,6 +6,7 @@ the decision off the cut, hands it through the policies in order, folds what the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -17,8 +18,8 @@ import moe_fx.ops  # noqa: F401  (defines torch.ops.moe_fx)
 from moe_fx.passes import graph as g
 from moe_fx.passes.bind import Binder
 from moe_fx.passes.find_sites import Edge, Routing
-from moe_fx.passes.fuse_experts import Experts
-from moe_fx.policy import BEAM, SERE, Policy
+from moe_fx.passes.mlp import Experts
+from moe_fx.policy import BEAM, NAEE, OEA, SERE, Baseline, Drop, ExFold, Policy, SmallerK, StaticPrune, TopP
 
 aten = torch.ops.aten
 
@@ -40,8 +41,11 @@ def reroute(
     *,
     experts: Experts | None = None,
     stats: bool = False,
+    apply: Callable[[fx.Graph, Decision], Decision] | None = None,
 ) -> str | None:
     """Rewrite one site.  Returns None when done, or the reason why it cannot be done: then nothing was changed.
+
+    ``apply`` puts the policies on the decision in another way than by an op for each.
 
     With ``experts``, what the experts region computes, one op takes the region's place and skips what is off;
     otherwise the region stays, and what is off is folded.
@@ -49,28 +53,35 @@ def reroute(
     carriers = _carriers(routing, policies, experts)
     hidden = [routing.router.hidden] if _switches_off(policies) else []
     reads = [experts.hidden, *experts.stacks] if experts is not None else []
-    last = max([routing.selection.ids, *carriers, *hidden, *reads])
+    counts = _distinct(routing.cut.counts) if experts is None else []
+    last = max([routing.selection.ids, *carriers, *hidden, *reads, *counts])
     reason = _obstacle(routing, policies, carriers, last) if experts is None else None
     if reason is not None:
         return reason
-    if any(isinstance(p, SERE) for p in policies):
-        _sort_selection(routing)
+    if any(p.needs_order for p in policies):
+        sort_selection(routing)
     graph = gm.graph
+    for policy in policies:
+        if isinstance(policy, Baseline) and type(policy) in _RESTRICT:
+            _restrict_selection(graph, routing, policy, binder)
     with graph.inserting_after(last):
         anchor = graph.call_function(aten.alias.default, (last,))  # new nodes go before it; erased at the end
     with graph.inserting_before(anchor):
         decision = before = _read(graph, routing, carriers)
-        for policy in policies:
+        for policy in policies if apply is None else ():
             if type(policy) in _APPLY:
                 decision = _APPLY[type(policy)](graph, decision, routing, policy, binder)
+        if apply is not None:
+            decision = apply(graph, decision)
+        unfolded = decision.ids
         if decision.may_be_off and experts is None:
             decision = _fold(graph, decision)
         if stats:
-            binder.count(routing, before.ids, decision.ids)
+            binder.count(routing, before.ids, decision.ids, unfolded)
         if experts is not None:
             _replace_experts(graph, decision, experts)
         else:
-            _put_back(graph, routing, carriers, _unflat(graph, decision, routing))
+            _put_back(graph, routing, carriers, decision)
     if experts is None:
         _restore_order(routing, anchor)
     graph.erase_node(anchor)
@@ -78,7 +89,7 @@ def reroute(
 
 
 def _switches_off(policies: tuple[Policy, ...]) -> bool:
-    return any(isinstance(p, BEAM) for p in policies)
+    return any(p.switches_off for p in policies)
 
 
 # ------------------------------------------------------------------------------------------------------ policies
@@ -86,7 +97,7 @@ def _switches_off(policies: tuple[Policy, ...]) -> bool:
 
 def _apply_sere(graph: fx.Graph, decision: Decision, routing: Routing, policy: SERE, binder: Binder) -> Decision:
     similarity = binder.similarity(routing, policy)
-    args = (decision.ids, similarity, policy.primary, float(policy.threshold), None, policy.max_tokens)
+    args = (decision.ids, similarity, *binder.sere_settings(routing, policy), None, policy.max_tokens)
     return replace(decision, ids=g.call(graph, torch.ops.moe_fx.sere_reroute.default, *args))
 
 
@@ -105,8 +116,53 @@ def _apply_beam(graph: fx.Graph, decision: Decision, routing: Routing, policy: B
     return Decision(masked[0][1], tuple(w for w, _ in masked), may_be_off=True)
 
 
+def _apply_baseline(graph: fx.Graph, decision: Decision, routing: Routing, policy: Baseline, binder: Binder) -> Decision:
+    op = getattr(torch.ops.moe_fx, policy.op).default
+    tables, settings = binder.baseline_tables(routing, policy), [getattr(policy, key) for key in policy.settings]
+    counts = [routing.router.num_experts] if policy.op == "drop" else []
+    last: list[object] = []
+    if "renormalise" in {argument.name for argument in op._schema.arguments}:
+        last = [isinstance(policy, OEA) or (not isinstance(policy, Drop) and _renormalises(routing))]
+    changed = [g.call_pair(graph, op, w, decision.ids, *tables, *counts, *settings, *last) for w in decision.weights]
+    return Decision(changed[0][1], tuple(w for w, _ in changed), may_be_off=True)
+
+
 #: What each policy does to a decision.  TopK leaves it as it is and needs no rewrite.
-_APPLY: dict[type[Policy], Callable[..., Decision]] = {SERE: _apply_sere, BEAM: _apply_beam}
+_APPLY: dict[type[Policy], Callable[..., Decision]] = {
+    SERE: _apply_sere,
+    BEAM: _apply_beam,
+    **dict.fromkeys((SmallerK, Drop, TopP, NAEE, OEA, ExFold, StaticPrune), _apply_baseline),
+}
+
+#: Policies that also change what can be selected, with the op that does it.
+_RESTRICT: dict[type[Policy], str] = {OEA: "only_first_picks", StaticPrune: "only_frequent"}
+
+
+def _restrict_selection(graph: fx.Graph, routing: Routing, policy: Baseline, binder: Binder) -> None:
+    """Have the selection see scores in which some experts cannot be selected."""
+    selection = routing.selection.node
+    scores = selection.args[0]
+    # a score of 0 where scores become weights as they are, because an infinite one would spoil their sum
+    plain = _is_squashed(scores, routing) and not {"+bias", "masked"}.intersection(routing.site.scoring.split(" -> "))
+    fill = 0.0 if plain else -math.inf if g.argument(selection, "largest", 3, True) else math.inf
+    with graph.inserting_before(selection):
+        op, tables = getattr(torch.ops.moe_fx, _RESTRICT[type(policy)]).default, binder.baseline_tables(routing, policy)
+        settings = [getattr(policy, key) for key in policy.settings]
+        selection.replace_input_with(scores, g.call(graph, op, scores, *tables, *settings, fill))
+
+
+def _renormalises(routing: Routing) -> bool:
+    """Whether the router's weights have a fixed sum: they were divided by it, or squashed after the selection."""
+    stack, seen = [e.node for e in (*routing.cut.weights, *routing.cut.dense)], set()
+    while stack:
+        node = stack.pop()
+        if node in seen or node in (routing.selection.node, routing.selection.scores):
+            continue
+        seen.add(node)
+        if g.op(node) in ("softmax", "_softmax") or (g.op(node) == "div" and g.op(node.args[1]) in ("sum", "add", "clamp")):
+            return True
+        stack.extend(node.all_input_nodes)
+    return False
 
 
 def _fold(graph: fx.Graph, decision: Decision) -> Decision:
@@ -121,7 +177,8 @@ def _fold(graph: fx.Graph, decision: Decision) -> Decision:
 def _replace_experts(graph: fx.Graph, decision: Decision, experts: Experts) -> None:
     """One op in the place of the experts region."""
     (weights,) = decision.weights
-    args = (experts.hidden, experts.w_gate_up, experts.w_down, weights, decision.ids, experts.b_gate_up, experts.b_down)
+    w_down = g.call(graph, aten.transpose.int, experts.w_down, 1, 2) if experts.turned else experts.w_down
+    args = (experts.hidden, experts.w_gate_up, w_down, weights, decision.ids, experts.b_gate_up, experts.b_down)
     how = (experts.activation, experts.gated, experts.transposed, experts.alpha, experts.limit)
     result = g.call(graph, torch.ops.moe_fx.fused_experts.default, *args, *how)
     old = experts.region.output
@@ -155,8 +212,11 @@ def _obstacle(routing: Routing, policies: tuple[Policy, ...], carriers: list[Nod
     """Why the policies cannot be put on this cut."""
     if _switches_off(policies) and not carriers:
         return "its picks carry no weights, so a pick cannot be switched off"
-    if not routing.cut.dense and any(not g.same_shape(c, routing.selection.ids) for c in carriers):
+    if not routing.cut.dense and not all(map(routing.selection.is_per_pick, carriers)):
         return "its weights leave the router in another shape than its ids"
+    moves = routing.selection.k > 1 and any(isinstance(p, SERE) for p in policies)
+    if moves and routing.weighs_input and routing.cut.dense:
+        return "its weights multiply the experts' input, where two picks of one expert cannot be merged"
     if _switches_off(policies) and has_capacity(routing):
         return "its experts have a capacity, in which a pick that is off would still take a place"
     if _switches_off(policies) and routing.weighs_input:
@@ -227,7 +287,8 @@ def has_capacity(routing: Routing) -> bool:
 
 def _early_users(routing: Routing, last: Node) -> list[Node]:
     """Users on the cut that stand before the place where the new decision can be computed."""
-    return [e.user for e in (*routing.cut.ids, *routing.cut.weights, *routing.cut.dense) if e.user < last]
+    cut = routing.cut
+    return [e.user for e in (*cut.ids, *cut.counts, *cut.weights, *cut.dense) if e.user < last]
 
 
 def _between(users: list[Node], last: Node) -> list[Node]:
@@ -240,45 +301,65 @@ def _between(users: list[Node], last: Node) -> list[Node]:
     return nodes
 
 
-def _sort_selection(routing: Routing) -> None:
+def sort_selection(routing: Routing) -> None:
     """SERE's primary picks are the best: have the selection put them first.  The set of picks stays the same."""
     selection = routing.selection
     if not selection.sorted:
-        scores = selection.node.args[0]
-        selection.node.args = (scores, selection.k, -1, True, True)
+        largest = g.argument(selection.node, "largest", 3, True)
+        selection.node.args = (selection.node.args[0], selection.k, -1, largest, True)
         selection.node.kwargs = {}
 
 
 def _read(graph: fx.Graph, routing: Routing, carriers: list[Node]) -> Decision:
     """The decision as it stands on the cut, as [T, K]."""
-    ids = routing.selection.ids
-    weights = [g.call(graph, aten.gather.default, m, -1, ids) for m in carriers] if routing.cut.dense else carriers
-    if g.rank(ids) == 2:
-        return Decision(ids, tuple(weights))
-    flat = [g.call(graph, aten.reshape.default, n, [-1, routing.selection.k]) for n in (ids, *weights)]
-    return Decision(flat[0], tuple(flat[1:]))  # some routers keep batch and sequence apart
+    selection = routing.selection
+    ids, weights = selection.ids, carriers
+    if routing.cut.dense:
+        index = g.call(graph, aten.unsqueeze.default, ids, -1) if selection.squeezed else ids
+        weights = [g.call(graph, aten.gather.default, m, -1, index) for m in carriers]
+    return Decision(_as_picks(graph, ids, selection.k), tuple(_as_picks(graph, w, selection.k) for w in weights))
 
 
-def _unflat(graph: fx.Graph, decision: Decision, routing: Routing) -> Decision:
-    """The decision in the shape that the cut's ids have."""
-    if g.rank(routing.selection.ids) == 2:
-        return decision
-    like = routing.selection.ids
-    full = [g.call(graph, aten.view_as.default, n, like) for n in (decision.ids, *decision.weights)]
-    return Decision(full[0], tuple(full[1:]))
+def _as_picks(graph: fx.Graph, node: Node, k: int) -> Node:
+    """[T, K] of what has one entry for every pick: some routers keep batch and sequence apart, or one pick's axis out."""
+    if g.rank(node) == 2 and g.size(node, 1) == k:
+        return node
+    return g.call(graph, aten.reshape.default, node, [-1, k])
 
 
 def _put_back(graph: fx.Graph, routing: Routing, carriers: list[Node], decision: Decision) -> None:
     """Point every edge of the cut at the new decision."""
-    replacements = dict(zip(carriers, decision.weights, strict=True))
-    for matrix in _distinct(routing.cut.dense):
-        # two picks may have come to the same expert, and an off pick points at an active one with weight 0: add
-        empty = g.call(graph, aten.zeros_like.default, matrix)
-        replacements[matrix] = g.call(graph, aten.scatter_add.default, empty, -1, decision.ids, replacements[matrix])
+    as_it_was = _scattered if routing.cut.dense else _like
+    replacements = {c: as_it_was(graph, w, c, decision) for c, w in zip(carriers, decision.weights, strict=True)}
     for edge in (*routing.cut.dense, *routing.cut.weights):
         if edge.node in replacements:
             edge.user.replace_input_with(edge.node, replacements[edge.node])
-    _redirect_ids(graph, routing, decision.ids)
+    counted = {matrix: _counted_again(graph, matrix, decision) for matrix in _distinct(routing.cut.counts)}
+    for edge in routing.cut.counts:
+        edge.user.replace_input_with(edge.node, counted[edge.node])
+    _redirect_ids(graph, routing, _like(graph, decision.ids, routing.selection.ids, decision))
+
+
+def _counted_again(graph: fx.Graph, matrix: Node, decision: Decision) -> Node:
+    """Ones added up at the new picks [T, E], instead of put there: a token may have an expert twice."""
+    ones = g.call(graph, aten.ones_like.default, decision.ids)
+    ones = g.call(graph, aten.to.dtype, ones, g.dtype(matrix))
+    return g.call(graph, aten.scatter_add.default, matrix.args[0], -1, decision.ids, ones)
+
+
+def _like(graph: fx.Graph, flat: Node, old: Node, _: Decision) -> Node:
+    """What is [T, K] in the shape that the old one has."""
+    return flat if g.same_shape(flat, old) else g.call(graph, aten.view_as.default, flat, old)
+
+
+def _scattered(graph: fx.Graph, weights: Node, matrix: Node, decision: Decision) -> Node:
+    """The weights in a matrix [..., E], in the place of the old one.
+
+    Two picks may have come to the same expert, and an off pick points at an active one with weight 0: add.
+    """
+    flat = matrix if g.rank(matrix) == 2 else g.call(graph, aten.reshape.default, matrix, [-1, g.size(matrix, -1)])
+    empty = g.call(graph, aten.zeros_like.default, flat)
+    return _like(graph, g.call(graph, aten.scatter_add.default, empty, -1, decision.ids, weights), matrix, decision)
 
 
 def _redirect_ids(graph: fx.Graph, routing: Routing, new_ids: Node) -> None:

@@ -191,6 +191,16 @@ def test_explain_a_compiled_model_uses_its_own_policy() -> None:
         assert moe_fx.explain(Model(), torch.randn(4, H)).sites[0].policy == "TopK"
 
 
+def test_explain_says_when_nothing_was_captured() -> None:
+    @torch._dynamo.disable
+    def hidden(x: Tensor) -> Tensor:
+        return x
+
+    report = moe_fx.explain(hidden, torch.ones(1))
+    assert (report.graphs, report.sites) == (0, [])
+    assert "captured no graph" in report.skips[0].reason
+
+
 def test_explain_passes_the_models_own_errors_on() -> None:
     with pytest.raises(Exception, match="shape|size"):
         moe_fx.explain(Model(), torch.randn(4, H + 1))

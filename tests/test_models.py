@@ -66,6 +66,44 @@ def test_every_policy_equals_the_hand_patched_model(name: str, experts: str) -> 
             assert not torch.allclose(want, plain, atol=1e-2), label
 
 
+SHARES = (0.0, 0.5, 0.9, 1.0)
+
+
+@pytest.mark.parametrize("name", tiny.ARCHS)
+@pytest.mark.parametrize("label", ["beam", "beam+sere"])
+def test_any_share_of_the_picks_off(name: str, label: str) -> None:
+    """Fused and folded, each compiled once: the mask routers of the other shares are copied into the compiled graph's."""
+    model, inputs = tiny.build(name), tiny.tokens()
+    artifacts = {share: tiny.artifact_with_share_off(model, name, share, TAU, **inputs) for share in SHARES}
+    plain = tiny.expected(model, name, None, **inputs)
+    want = {share: tiny.expected(model, name, policies(a)[label][1], **inputs) for share, a in artifacts.items()}
+    for share, logits in want.items():
+        assert torch.allclose(logits, plain, atol=1e-2) == (share == 0 and label == "beam"), "the share must show"
+    for fuse in (True, False):
+        torch._dynamo.reset()
+        graphs: list[torch.fx.GraphModule] = []
+        options = {"inner": lambda gm, _, graphs=graphs: graphs.append(gm) or gm.forward, "fuse_experts": fuse, "strict": True}
+        program = torch.compile(model, backend="moe_sparse", options={"policy": policies(artifacts[0.0])[label][0], **options})
+        for share, artifact in artifacts.items():
+            for gm in graphs:  # none yet for the first share, whose own mask routers are compiled in
+                masks = [b for n, b in gm.named_buffers() if n.startswith("moe_fx_") and b.shape == (tiny.EXPERTS, tiny.HIDDEN)]
+                for mask, site in zip(masks, tiny.ARCHS[name].sites, strict=True):
+                    mask.copy_(artifact.sites[site]["mask_router"])
+            with torch.no_grad():
+                assert_same(program(**inputs).logits, want[share])
+        assert len(graphs) == 1
+        assert {s.experts for s in moe_fx.last_report().sites} == {"fused" if fuse else "folded"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "share"), [("qwen3_moe", 0.9), ("gpt_oss", 0.5), ("deepseek_v2", 1.0)])
+@pytest.mark.parametrize("fuse", [True, False])
+def test_any_share_of_the_picks_off_under_inductor(name: str, share: float, fuse: bool) -> None:
+    model, inputs = tiny.build(name), tiny.tokens()
+    policy, rule = policies(tiny.artifact_with_share_off(model, name, share, TAU, **inputs))["beam"]
+    assert_same(run(model, policy, "inductor", fuse, **inputs), tiny.expected(model, name, rule, **inputs))
+
+
 #: (policy, whether experts are fused) by experts implementation.  Experts that do not trace cannot be fused.
 CASES = {
     "grouped_mm": [("topk", True), ("sere", False), ("beam", True), ("beam+sere", False)],

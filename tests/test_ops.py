@@ -49,6 +49,12 @@ def samples(num_tokens: int = 5, ids_dtype: torch.dtype = torch.int64) -> dict[s
         "sere_reroute.identity": (ids, similarity, 9, 0.0),
         "beam_mask": (weights, ids, logits, 0.4),
         "beam_mask.grad": (weights.clone().requires_grad_(), ids, logits.clone().requires_grad_(), 0.5),
+        "topk_sere": (logits, 4, similarity, 2, 0.1),
+        "topk_sere.mask": (logits, 4, similarity, 1, 0.0, random_valid_tokens(num_tokens, "mask"), 100),
+        "topk_sere.grad": (logits.clone().requires_grad_(), 3, similarity, 1, 0.0, random_valid_tokens(num_tokens, "count")),
+        "topk_sere.identity": (logits, 4, similarity, 9, 0.0),
+        "topk_beam": (logits, 4, logits.flip(0), 0.4),
+        "topk_beam.grad": (logits.clone().requires_grad_(), 9, logits, 0.5),
         "fold_masked": (weights, ids),
         "fold_masked.grad": (weights.clone().requires_grad_(), ids),
         "fold_masked.identity": (weights, ids.clamp(min=0)),
@@ -97,7 +103,10 @@ def test_ops_on_cuda_equal_the_reference(name):
         assert equal(op, got.cpu(), want)
 
 
-@pytest.mark.parametrize("name", ["sere_reroute.mask", "beam_mask", "fold_masked", "fused_experts"])
+LAUNCHED = ("sere_reroute.mask", "beam_mask", "topk_sere.mask", "topk_beam", "fold_masked", "fused_experts")
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
 def test_the_cuda_implementation_calls_the_triton_launcher(name, device, monkeypatch):
     if device == "cpu":  # the interpreter: there is no device to switch to
         monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
@@ -277,6 +286,18 @@ def test_fold_masked_passes_gradients_where_picks_are_on():
     assert weights.grad.tolist() == [[2, 0], [0, 0]]
 
 
+@pytest.mark.parametrize("op", [OPS.topk_sere, OPS.topk_beam])
+def test_values_of_a_selection_pass_gradients_to_their_scores(op):
+    scores = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
+    args = (3, random_similarity(9), 1, 0.0) if op is OPS.topk_sere else (3, scores, 0.5)
+    gradients = []
+    for select in (lambda s: s.topk(3)[0], lambda s: op(s, *args)[0]):
+        learned = scores.clone().requires_grad_()
+        select(learned).square().sum().backward()
+        gradients.append(learned.grad)
+    assert torch.equal(*gradients)
+
+
 IDS, WEIGHTS = torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 2)
 SQUARE, LOGITS = torch.zeros(4, 4), torch.zeros(3, 4)
 HIDDEN, GATE_UP, DOWN = torch.zeros(3, 8), torch.zeros(4, 12, 8), torch.zeros(4, 8, 6)
@@ -308,6 +329,12 @@ BAD_CALLS = {
     "not transposed": (OPS.fused_experts, (*EXPERTS, None, None, "silu", "concatenated", True), ValueError, "hidden.*12"),
     "odd gate and up": (OPS.fused_experts, (HIDDEN, GATE_UP[:, :11], DOWN[..., :5], *EXPERTS[3:]), ValueError, "11"),
     "bias of another size": (OPS.fused_experts, (*EXPERTS, GATE_UP[0]), ValueError, r"b_gate_up.*\[4, 12\].*\[12, 8\]"),
+    "scores of one dimension": (OPS.topk_sere, (LOGITS[0], 2, SQUARE, 1, 0.0), ValueError, r"\[tokens, experts\].*\[4\]"),
+    "scores of ints": (OPS.topk_beam, (IDS, 2, LOGITS, 0.5), TypeError, "scores must be floating point.*int64"),
+    "more picks than experts": (OPS.topk_sere, (LOGITS, 5, SQUARE, 1, 0.0), ValueError, "experts, 4, but it is 5"),
+    "no picks": (OPS.topk_beam, (LOGITS, 0, LOGITS, 0.5), ValueError, "k must be from 1"),
+    "logits of other scores": (OPS.topk_beam, (LOGITS, 2, LOGITS[:2], 0.5), ValueError, r"\[3, experts\].*\[2, 4\]"),
+    "top-K of no primary": (OPS.topk_sere, (LOGITS, 2, SQUARE, 0, 0.0), ValueError, "primary must be at least 1"),
     "negative number of experts": (OPS.count_active, (IDS, -1), ValueError, "num_experts.*-1"),
 }
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -232,9 +235,8 @@ def test_every_pick_is_sorted_into_a_tile_of_its_expert(block_t, block_s, one_la
     with poisoned_allocations():
         rows = triton_kernel._sort_picks(weights.to(device), ids.to(device), case.num_experts, config)
     found: dict[tuple[int, int], float] = {}
-    to_expert, to_row, num_rows, num_tiles = (value.tolist() for value in rows.tiles)
-    assert num_tiles[0] <= rows.most_tiles
-    for index in range(num_tiles[0]):
+    to_expert, to_row, num_rows = (value.tolist() for value in rows.tiles)
+    for index in range(rows.most_tiles):
         for row in range(to_row[index], to_row[index] + num_rows[index]):
             key = int(rows.to_token[row]), to_expert[index]
             assert key not in found
@@ -250,12 +252,52 @@ def test_every_pick_is_sorted_into_a_tile_of_its_expert(block_t, block_s, one_la
     assert (pick_to_row[(ids < 0) | (ids >= case.num_experts)] == -1).all()
 
 
+@pytest.mark.parametrize("launches", [(False, False), (True, False), (True, True)], ids=["four", "three", "two"])
+@given(data=st.data())
+def test_tile_sizes_and_launches_do_not_change_the_result(launches, data):
+    case = replace(draw_case(data, [0, 1, 2, 7, 16]), contiguous=True)
+    tiles = [triton_kernel.Tile(size, 16, num_warps=1, num_stages=1) for size in data.draw(st.permutations([16, 32]))]
+    config = triton_kernel.Config(16, *tiles, 4, 32, data.draw(st.booleans()), *launches)
+    with mock.patch.object(triton_kernel, "choose_config", return_value=config):
+        check(by_triton, case)
+
+
 def test_tiles_grow_with_the_rows_of_an_expert():
-    rows_of_tiles = [
-        triton_kernel.choose_config(num_tokens, 8, 128, 2048, 768, torch.bfloat16).BLOCK_T
-        for num_tokens in (1, 64, 512, 1024, 8192)
+    configs = [
+        triton_kernel.choose_config(num_tokens, 8, 128, 2048, 768, torch.bfloat16, "a card that nobody measured")
+        for num_tokens in (1, 16, 17, 512, 1024, 8192)
     ]
-    assert rows_of_tiles == [16, 16, 32, 64, 128]
+    assert [config.BLOCK_T for config in configs] == [16, 16, 16, 32, 64, 128]
+    assert [config.by_pick for config in configs] == [True, True, False, False, False, False]
+    assert not any(config.sum_in_down for config in configs)
+
+
+def test_measured_tiles_are_those_of_the_next_larger_batch(tmp_path, monkeypatch):
+    layer = {"top_k": 2, "experts": 4, "hidden": 32, "intermediate": 16, "dtype": "float16"}
+    tiles = {"gate_up": [16, 32, 1, 2], "down": [32, 16, 2, 3]}
+    rest = {"BLOCK_T": 16, "BLOCK_S": 8, "BLOCK_N": 64, "one_launch": True, "by_pick": True, "sum_in_down": True}
+    rows = [{"layer": layer, "tokens": 4, "config": rest | tiles}]
+    rows.append({"layer": layer, "tokens": 64, "config": rest | tiles | {"BLOCK_T": 32, "by_pick": False}})
+    (tmp_path / "A_Card.json").write_text(json.dumps({"rows": rows}))
+    monkeypatch.setattr(triton_kernel, "CONFIGS", tmp_path)
+    choose = triton_kernel.choose_config
+    first, second = (choose(tokens, 2, 4, 32, 16, torch.float16, "A Card") for tokens in (3, 5))
+    assert first == triton_kernel.Config(
+        16, triton_kernel.Tile(16, 32, 1, 2), triton_kernel.Tile(32, 16, 2, 3), 8, 64, True, True, True
+    )
+    assert (second.BLOCK_T, second.by_pick) == (32, False)
+    for other in ((65, 2, 4, 32, 16, torch.float16, "A Card"), (4, 2, 4, 32, 16, torch.float32, "A Card")):
+        assert choose(*other) == choose(*other[:-1], "")
+    assert choose(3, 2, 4, 32, 16, torch.float16, "Another Card") == choose(3, 2, 4, 32, 16, torch.float16)
+
+
+def test_tables_of_measured_tiles_are_sound():
+    for path in triton_kernel.CONFIGS.glob("*.json"):
+        table = triton_kernel.measured_configs(path.stem.replace("_", " "))
+        assert table, path
+        for tokens, config in [item for configs in table.values() for item in configs.items()]:
+            assert not config.by_pick or tokens <= config.BLOCK_T, (path, tokens)
+            assert config.by_pick or not config.sum_in_down, (path, tokens)
 
 
 @ALL
@@ -309,66 +351,116 @@ def test_the_same_call_gives_the_same_bits(implementation):
     assert torch.equal(first, second)
 
 
+@pytest.fixture
+def compiled(monkeypatch):
+    """The functions compiled for experts of any size, none at first."""
+    functions: dict[Any, Any] = {}
+    monkeypatch.setattr(experts_cpu, "LEAST_BYTES_COMPILED", 0)
+    monkeypatch.setattr(experts_cpu, "_compiled", functions)
+    return functions
+
+
 @pytest.mark.parametrize(
     "settings_of_case",
     [
         {"dtype": torch.bfloat16},
         {"dtype": torch.float16, "bias": True, "activation": "swiglu_clamped", "gated": "interleaved", "limit": 0.3},
-        {"dtype": torch.float32, "activation": "relu2", "gated": "none"},
+        {"dtype": torch.float32, "activation": "relu2", "gated": "none", "hidden": 64, "intermediate": 32},
     ],
 )
-def test_large_experts_with_few_rows_are_compiled_once(settings_of_case, monkeypatch):
-    """Other numbers of tokens use the code that was compiled for blocks of 1, 2 and 4 rows."""
-    monkeypatch.setattr(experts_cpu, "LEAST_BYTES_COMPILED", 0)
-    torch._dynamo.reset()
-    experts_cpu._compiled_blocks.cache_clear()
-    torch._dynamo.utils.counters.clear()
-    for num_tokens in (9, 1, 17, 70, 2):
+def test_large_experts_with_few_rows_are_compiled_once(settings_of_case, compiled):
+    """One function for one token, one for each size of block, and one for the weighted sum serve all batches."""
+    for num_tokens in (9, 1, 17, 70, 2, 1):
         check(on_cpu, Case(num_tokens, top_k=3, num_experts=9, off=0.2, **settings_of_case))
-    assert experts_cpu._failed == set()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6  # a block alone is compiled apart
+    assert None not in compiled.values()
+    assert len(compiled) == 5
 
 
-def test_the_loop_serves_where_nothing_can_be_compiled(monkeypatch):
-    monkeypatch.setattr(experts_cpu, "LEAST_BYTES_COMPILED", 0)
-    monkeypatch.setattr(experts_cpu, "_failed", set())
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 30])
+def test_every_number_of_rows_of_an_expert(num_tokens, compiled):
+    check(on_cpu, Case(num_tokens, top_k=1, num_experts=1, dtype=torch.bfloat16))
+    is_one_call = num_tokens == 1 or num_tokens >= len(experts_cpu.ROWS_TO_BLOCK)  # the sum alone where a loop serves
+    assert len(compiled) == (1 if is_one_call else 2)
 
+
+_functions_of_hypothesis: dict[Any, Any] = {}
+
+
+@given(data=st.data())
+def test_compiled_equals_the_reference(data):
+    case = Case(
+        num_tokens=data.draw(st.integers(1, 40)),
+        top_k=4,
+        num_experts=data.draw(st.sampled_from([4, 9])),
+        seed=data.draw(st.integers(0, 10**6)),
+        dtype=torch.bfloat16,
+        ids_dtype=data.draw(st.sampled_from(ID_DTYPES)),
+        bias=True,
+        off=data.draw(st.sampled_from([0.0, 0.4, 0.9, 1.0])),
+        beyond=data.draw(st.sampled_from([0.0, 0.2])),
+        duplicates=data.draw(st.booleans()),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experts_cpu, "LEAST_BYTES_COMPILED", 0)
+        patch.setattr(experts_cpu, "_compiled", _functions_of_hypothesis)
+        check(on_cpu, case)
+    assert None not in _functions_of_hypothesis.values()
+
+
+def test_many_layers_meet_no_limit_of_dynamo(compiled):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for hidden in (8, 16, 24, 32, 40):
+        with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+            check(on_cpu, Case(3, top_k=1, num_experts=1, hidden=hidden))
+    assert None not in compiled.values()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+
+
+def test_a_compiled_function_serves_in_every_mode_and_with_other_threads(compiled):
+    case = Case(3, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        first = experts_cpu.fused_experts(*case.tensors(), *case.settings())
+    size = len(compiled)
+    tensors = case.tensors()
+    tensors[1].requires_grad_()
+    assert torch.equal(experts_cpu.fused_experts(*tensors, *case.settings()), first)
+    assert len(compiled) == size
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads % 2 + 1)
+        assert torch.equal(on_cpu(case.tensors(), case.settings()), first)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(compiled) == 2 * size
+
+
+def test_the_loop_serves_where_nothing_can_be_compiled(compiled, monkeypatch):
     def fail(*_: Any) -> Any:
         raise RuntimeError("no C++ compiler")
 
-    monkeypatch.setattr(experts_cpu, "_compiled_blocks", fail)
+    monkeypatch.setattr(experts_cpu, "_compile", fail)
     with pytest.warns(UserWarning, match="slower than it could be.*no C.. compiler"):
-        check(on_cpu, Case())
-    check(on_cpu, Case())  # it warns once
-    assert len(experts_cpu._failed) == 1
+        check(on_cpu, Case(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it warns once
+        for num_tokens in (1, 5, 40):
+            check(on_cpu, Case(num_tokens, off=0.2))
+    assert set(compiled.values()) == {None}
 
 
-@pytest.mark.parametrize("most", [0, 10**6], ids=["numpy", "python"])
-def test_both_ways_to_sort_agree_with_the_reference(most, monkeypatch):
-    monkeypatch.setattr(experts_cpu, "MAX_PICKS_IN_PYTHON", most)
-    for num_tokens in (1, 2, 30):
-        check(on_cpu, Case(num_tokens, top_k=4, off=0.3, beyond=0.1, duplicates=True, dtype=torch.bfloat16))
+def test_the_picks_are_not_changed_and_may_have_any_strides(compiled):
+    case = Case(5, top_k=3, dtype=torch.bfloat16, off=0.2)
+    hidden, w_gate_up, w_down, weights, ids, *_ = case.tensors()
+    expected = by_reference([hidden, w_gate_up, w_down, weights, ids], case.settings()[:0])
+    strided = [value.mT.contiguous().mT for value in (hidden, weights, ids)]
+    result = experts_cpu.fused_experts(strided[0], w_gate_up, w_down, *strided[1:])
+    torch.testing.assert_close(result, expected, **tolerance(torch.bfloat16))
+    assert None not in compiled.values()
 
 
 def test_float64_on_cpu():
     check(on_cpu, Case(num_tokens=7, dtype=torch.float64, weights_dtype=torch.float64, bias=True))
-
-
-def test_onednn_is_switched_on_again(monkeypatch):
-    case = Case(num_tokens=1, dtype=torch.bfloat16)
-    expected = on_cpu(case.tensors(), case.settings())
-    assert torch._C._get_mkldnn_enabled()
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError("on purpose")
-
-    tensors, settings_of_case = case.tensors(), case.settings()
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "mv", fail)
-        with pytest.raises(RuntimeError, match="on purpose"):
-            experts_cpu.fused_experts(*tensors, *settings_of_case)
-    assert torch._C._get_mkldnn_enabled()
-    assert torch.equal(on_cpu(case.tensors(), case.settings()), expected)
 
 
 def test_the_reference_serves_where_torch_has_no_numpy(monkeypatch):
@@ -379,8 +471,52 @@ def test_the_reference_serves_where_torch_has_no_numpy(monkeypatch):
 
 
 @pytest.mark.gpu
+@given(data=st.data())
+def test_equals_the_reference_on_a_gpu(data):
+    """Few shapes, so that few kernels are compiled, and many batches."""
+    kinds = ("silu", "concatenated", False), ("swiglu_clamped", "interleaved", True)
+    activation, gated, bias = data.draw(st.sampled_from(kinds))
+    case = Case(
+        num_tokens=data.draw(st.sampled_from([1, 3, 16, 17, 100, 1000])), top_k=4, num_experts=16, hidden=128,
+        intermediate=96, out=128, seed=data.draw(st.integers(0, 10**6)), dtype=data.draw(st.sampled_from(FLOAT_DTYPES)),
+        activation=activation, gated=gated, bias=bias, off=data.draw(st.sampled_from([0.0, 0.5, 0.9])),
+        duplicates=data.draw(st.booleans()),
+    )  # fmt: skip
+    check(by_triton, case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("launches", [(False, False), (True, False), (True, True)], ids=["four", "three", "two"])
+@pytest.mark.parametrize("off", [0.0, 0.6])
+def test_launches_on_a_gpu_at_a_real_size(launches, off):
+    """Enough programs to fill the card many times over, so that those that finish last are not those that began last."""
+    case = Case(16, top_k=8, num_experts=64, hidden=1024, intermediate=512, out=1024, dtype=torch.bfloat16, off=off)
+    tile = triton_kernel.Tile(32, 128, num_warps=4, num_stages=4)
+    config = triton_kernel.Config(16, tile, tile, 16, 512, True, *launches)
+    inputs = [value if value is None else value.cuda() for value in case.tensors()]
+    expected = reference.fused_experts(*inputs)
+    with mock.patch.object(triton_kernel, "choose_config", return_value=config):
+        results = [triton_kernel.fused_experts(*inputs) for _ in range(50)]
+    torch.testing.assert_close(results[0], expected, **tolerance(torch.bfloat16))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [4, 2000])
+def test_a_call_waits_for_no_result(num_tokens):
+    case = Case(num_tokens, top_k=4, num_experts=16, hidden=64, intermediate=32, out=64, dtype=torch.bfloat16)
+    inputs = [value if value is None else value.cuda() for value in case.tensors()]
+    triton_kernel.fused_experts(*inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        triton_kernel.fused_experts(*inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
 def test_graph_capture_and_replay_with_changed_inputs():
-    for num_tokens in (4, 2000):
+    for num_tokens in (4, 100, 2000):
         case = Case(num_tokens, top_k=4, num_experts=16, hidden=64, intermediate=32, out=64, dtype=torch.bfloat16)
         hidden, w_gate_up, w_down, weights, ids, *_ = replace(case, num_tokens=2000).tensors()
         inputs = [t.cuda() for t in (hidden[:num_tokens], w_gate_up, w_down, weights[:num_tokens], ids[:num_tokens])]

@@ -182,6 +182,89 @@ class LoopOverExperts(Layer):
         return torch.einsum("tkh,tk->th", every.gather(1, ids.unsqueeze(-1).expand(-1, -1, H)), weights)
 
 
+class EinsumRouter(Layer):
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = torch.einsum("eh,th->te", self.router.weight, x).softmax(-1).topk(K)
+        return ids, weights
+
+
+class ArgsortThenSlice(Layer):
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.router(x).softmax(-1)
+        ids = scores.argsort(-1, descending=True)[:, :K]
+        return ids, scores.gather(-1, ids)
+
+
+class SmallestNegated(Layer):
+    """The k smallest of negated scores are the k best."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.router(x).softmax(-1)
+        ids = (-scores).argsort(-1)[:, :K]
+        return ids, scores.gather(-1, ids)
+
+
+class NormedLogits(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(E)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = self.norm(self.router(x)).softmax(-1).topk(K)
+        return ids, weights
+
+
+class MaxInTurn(Layer):
+    """The second best is the best once the first is out."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.router(x)
+        first = scores.max(-1, keepdim=True)
+        second = scores.scatter(-1, first.indices, float("-inf")).max(-1, keepdim=True)
+        chances = [scores.softmax(-1).gather(-1, best.indices) for best in (first, second)]
+        return torch.cat([first.indices, second.indices], dim=-1), torch.cat(chances, dim=-1)
+
+
+class BestOnly(Layer):
+    """One pick, with no axis for it; batch and sequence stay apart."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = self.router(x).softmax(-1).max(-1, keepdim=True)
+        return ids, weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(2, -1, H)
+        weights, ids = self.router(x).softmax(-1).max(-1)
+        hidden = F.silu(torch.einsum("bsh,bshi->bsi", x, self.up[ids]))
+        return (torch.einsum("bsi,bsih->bsh", hidden, self.down[ids]) * weights.unsqueeze(-1)).flatten(0, 1)
+
+
+class BestAsMatrix(BestOnly):
+    """The one pick as a row over all experts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x).softmax(-1)
+        ids = scores.argmax(-1)
+        weights = scores.gather(-1, ids.unsqueeze(-1))
+        return self.run_dense(x, torch.zeros_like(scores).scatter(-1, ids.unsqueeze(-1), weights))
+
+
+class CountedGroups(Layer):
+    """Rows sorted by expert, in groups as large as a matrix of ones says."""
+
+    def run(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        order = ids.flatten().sort(stable=True).indices
+        sizes = self.sizes(x, ids)
+        expert = torch.repeat_interleave(torch.arange(E), sizes, output_size=ids.numel())
+        rows = torch.bmm(F.silu(torch.bmm(x[order // K].unsqueeze(1), self.up[expert])), self.down[expert]).squeeze(1)
+        return torch.zeros_like(x).index_add(0, order // K, rows * weights.flatten()[order].unsqueeze(-1))
+
+    def sizes(self, x: Tensor, ids: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return torch.zeros(x.shape[0], E).scatter(1, ids, 1).long().sum(0)
+        return torch.bincount(ids.flatten(), minlength=E)  # right also where a token has an expert twice
+
+
 class Capacity(Layer):
     """GShard: what overflows an expert's capacity is dropped, so an off pick must not take a place."""
 
@@ -195,6 +278,8 @@ ROUTES: dict[type[Layer], int] = {
     SoftmaxThenTopK: K, TopKThenSoftmax: K, SortThenSlice: K, GatheredBiased: K, PerExpertScale: K, DenseScatter: K,
     DenseScatterInPlace: K, InfinityScatter: K, DenseOneHot: K, ThreeDimensional: K, EveryExpertPicked: E,
     WeightsAfterIds: K, CosineRouter: K, LoopOverExperts: K, Capacity: K,
+    EinsumRouter: K, ArgsortThenSlice: K, SmallestNegated: K, NormedLogits: K, CountedGroups: K, MaxInTurn: 2, BestOnly: 1,
+    BestAsMatrix: 1,
 }  # fmt: skip
 
 
@@ -316,7 +401,45 @@ class ClassCounts(Layer):
         return torch.stack([(ids == c).sum() for c in range(E)]).float()
 
 
+class NegatedDistance(Layer):
+    """Scores that are no linear map."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = (-torch.cdist(x, self.router.weight)).softmax(-1).topk(K)
+        return ids, weights
+
+
+class LastOfAscending(Layer):
+    """The best picks stand last."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.router(x).softmax(-1)
+        ids = scores.argsort(-1)[:, -K:]
+        return ids, scores.gather(-1, ids)
+
+
+class ProductKeys(Layer):
+    """Experts 2 x 3, a row and a column for each pick: the ids of no selection are those of the experts."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        rows, columns = self.router(x)[:, :2].topk(2), self.router(x)[:, 2:5].topk(2)
+        scores = (rows.values.unsqueeze(-1) + columns.values.unsqueeze(-2)).flatten(1)
+        candidates = (rows.indices.unsqueeze(-1) * 3 + columns.indices.unsqueeze(-2)).flatten(1)
+        weights, best = scores.topk(K)
+        return candidates.gather(-1, best), weights.softmax(-1)
+
+
+class MasksInTurn(Layer):
+    """Two argmax whose picks never stand in one tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x).softmax(-1)
+        first = F.one_hot(scores.argmax(-1), E)
+        second = F.one_hot(scores.masked_fill(first.bool(), float("-inf")).argmax(-1), E)
+        return self.run_dense(x, scores * (first + second))
+
+
 LEFT_ALONE: tuple[type[Layer], ...] = (
     Sampler, Indexer, ExpertChoice, NucleusRouting, GroupOnly, SmallestPicks, ShiftedIds, Median,
-    OneHotScores, MaskedIds, PromptPool, KWinners, ClassCounts,
+    OneHotScores, MaskedIds, PromptPool, KWinners, ClassCounts, NegatedDistance, LastOfAscending, ProductKeys, MasksInTurn,
 )  # fmt: skip

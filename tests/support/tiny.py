@@ -127,6 +127,30 @@ def beam_then_sere_rule(artifact: moe_fx.Artifact, tau: float, primary: int, thr
     return rule
 
 
+def artifact_with_share_off(model: nn.Module, name: str, share: float, tau: float, **inputs: Any) -> moe_fx.Artifact:
+    """Mask routers that switch off, at every site and for these inputs, exactly this share of the picks, drawn at random.
+
+    A token's mask logits are a linear function of its hidden state, and there are fewer tokens here than dimensions, so
+    that mask routers exist for any logits.  What a layer masks changes what the next one sees: one after the other.
+    """
+    sites = {site: dict(tables) for site, tables in random_artifact(name).sites.items()}
+    generator = torch.Generator().manual_seed(5)
+
+    def rule(site: str, hidden: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        off = torch.randperm(ids.numel(), generator=generator)[: round(share * ids.numel())]
+        token, expert = off // TOP_K, ids.flatten()[off]
+        wanted = torch.full((ids.shape[0], EXPERTS), 4.0, dtype=torch.float64)
+        wanted[token, expert] = -4.0
+        mask_router = torch.linalg.lstsq(hidden.double(), wanted).solution.T.float().contiguous()
+        sites[site]["mask_router"] = mask_router
+        masked, masked_ids = reference.beam_mask(weights, ids, hidden.float() @ mask_router.T, tau)
+        assert int((masked_ids < 0).sum()) == len(off), "the mask router must switch off as many picks as were drawn"
+        return torch.where(masked_ids < 0, ids, masked_ids), masked
+
+    expected(model, name, rule, **inputs)
+    return moe_fx.Artifact(sites)
+
+
 @contextlib.contextmanager
 def patched(model: nn.Module, name: str, rule: Rule) -> Iterator[dict[str, list[Tensor]]]:
     """``model`` with ``rule`` between every router and its experts.  Yields the ids that the experts saw, by site."""

@@ -1,0 +1,183 @@
+"""What a value in an experts region can mean: the words that ``fuse_experts`` thinks in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx.node import Node
+
+#: The order of rows that stand for picks: "flat" is token by token; a ``sort`` node stands for the order it made.
+Order = Node | str
+
+
+@dataclass(frozen=True)
+class Ids:
+    """Each pick's expert."""
+
+    order: Order
+
+
+@dataclass(frozen=True)
+class Places:
+    """For each row of ``order``, which flat pick it is; ``inverse``: for each flat pick, its row."""
+
+    order: Order
+    inverse: bool = False
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Each pick's token."""
+
+    order: Order
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Picks per expert; ``ends``: where each expert's rows end when picks are sorted by expert."""
+
+    ends: bool = False
+
+
+@dataclass(frozen=True)
+class PickWeights:
+    """Each pick's weight."""
+
+    order: Order
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """The experts' input, a row for each token."""
+
+    node: Node
+
+
+@dataclass(frozen=True)
+class OwnMatrix:
+    """For each pick, its expert's slice of a parameter stacked by expert."""
+
+    stack: Node
+    order: Order
+
+
+@dataclass(frozen=True)
+class Rows:
+    """For each pick a row of numbers, given by an expression (see ``_ACTIVATIONS`` for how they are spelt)."""
+
+    order: Order
+    expression: tuple
+
+
+@dataclass(frozen=True)
+class Grid:
+    """For each token and each expert a row of numbers.
+
+    ``axes`` names the dimensions: T tokens, E experts, F experts and in them tokens, C the columns of the row, 1 nothing.
+    """
+
+    axes: str
+    expression: tuple
+
+
+@dataclass(frozen=True)
+class Gates:
+    """The matrix of weights, zero where an expert was not picked; ``axes`` as in ``Grid``."""
+
+    axes: str
+
+
+@dataclass(frozen=True)
+class Hot:
+    """For each pick [T, K] a row over all experts, zero but for its own, which is 1, or the pick's weight."""
+
+    weighted: bool = False
+
+
+@dataclass(frozen=True)
+class StackedBias:
+    """A parameter [E, C] laid out to be added to a grid."""
+
+    stack: Node
+    axes: str
+
+
+@dataclass(frozen=True)
+class One:
+    """One expert's slice of a parameter stacked by expert."""
+
+    stack: Node
+    expert: int
+    turned: bool = False
+
+
+@dataclass(frozen=True)
+class Unstacked:
+    """A stack taken apart: a tuple of all experts' slices."""
+
+    stack: Node
+
+
+@dataclass(frozen=True)
+class Lone:
+    """A row for each token, made by one expert."""
+
+    expert: int
+    expression: tuple
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Which picks are one expert's (``mask`` [T, K]), their weights, or a token's weight for it (``column`` [T, 1])."""
+
+    expert: int
+    form: str
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Each token's sum over some experts, each weighted by the token's weight for it."""
+
+    experts: frozenset[int]
+    expression: tuple
+
+
+@dataclass(frozen=True)
+class Zero:
+    """A tensor of zeros."""
+
+
+@dataclass(frozen=True)
+class Empty:
+    """Memory not yet written."""
+
+
+@dataclass(frozen=True)
+class Enumeration:
+    """0, 1, 2, ... as many as there are picks."""
+
+
+@dataclass(frozen=True)
+class Halves:
+    """The two parts of rows split down the middle."""
+
+    rows: Rows | Grid | Lone
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """What ``sort`` returns of ids: themselves in order, and their places."""
+
+    order: Order
+
+
+@dataclass(frozen=True)
+class Output:
+    """Each token's sum over its picks."""
+
+    expression: tuple
+
+
+#: What carries an expression: an op on numbers is one on these.
+Numbers = Rows | Grid | Lone
+NUMBERS = (Rows, Grid, Lone)
