@@ -45,13 +45,16 @@ class Recipe:
 Progress = Callable[[int, float, float], None]  # (steps done, loss, tokens per second)
 
 
-def train(shape: Shape, recipe: Recipe, corpus: Corpus, progress: Progress) -> Qwen3MoeForCausalLM:
-    """A model trained on ``corpus.train``.
+def train(
+    shape: Shape, recipe: Recipe, corpus: Corpus, progress: Progress, device: str = "cpu"
+) -> Qwen3MoeForCausalLM:
+    """A model trained on ``corpus.train``, on ``device``.
 
     The data and their order are the same every time; threads still add gradients of gathered rows in any order, so the
     last digits of a run are its own (torch's deterministic algorithms made training four times slower).
     """
     model = qwen3_moe(shape, dtype=torch.float32, seed=recipe.seed, aux_loss=recipe.aux_loss).train()
+    model.to(device)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(
         model.parameters(), recipe.learning_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay, fused=True
     )
@@ -61,7 +64,7 @@ def train(shape: Shape, recipe: Recipe, corpus: Corpus, progress: Progress) -> Q
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
-        tokens = training_windows(corpus.train, recipe.rows, recipe.length, generator)
+        tokens = training_windows(corpus.train, recipe.rows, recipe.length, generator).to(device)
         loss = model(input_ids=tokens, labels=tokens, output_router_logits=True).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import Node
 
-from moe_fx.artifacts import Artifact, model_identity
+from moe_fx import similarity
+from moe_fx.artifacts import Artifact, model_identity, read_safetensors, weights_sample, write_safetensors
 
 if TYPE_CHECKING:
     from moe_fx.passes.find_sites import Routing
+    from moe_fx.passes.fuse_experts import Experts
     from moe_fx.passes.region import Region
 
 
@@ -22,7 +30,8 @@ class CalibrationError(ValueError):
     """A model or its data cannot be calibrated on; the message says what to do."""
 
 
-METRICS = ("frobenius",)
+METRICS = tuple(sorted(similarity.METRICS))
+_CHUNK_BYTES = 2**28  # outputs of all experts that are held at once, in float32, where the experts were recognised
 
 
 def calibrate(
@@ -30,50 +39,77 @@ def calibrate(
     batches: Iterable[object],
     *,
     metric: str = "frobenius",
+    folds: bool = False,
+    noise_seed: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Artifact:
     """Measure how similar the experts of every site are, by running all of them on the same tokens.
 
     The experts run through the model's own traced graph, so any architecture that ``moe_fx`` detects works.  For
-    experts i and j with outputs F_i, F_j ``[tokens, H]`` (weight 1, all tokens of all batches),
-    ``similarity = 1 - d/d_max`` where ``d = |F_i - F_j|`` is the Frobenius norm and d_max its largest value at the
-    site (SERE, arXiv 2602.07616).  Only distances are kept, so memory does not grow with the number of tokens.
+    experts i and j with outputs F_i, F_j ``[tokens, H]`` (weight 1, all tokens of all batches) the metrics are those of
+    SERE (arXiv 2602.07616), as ``moe_fx.similarity`` defines them.  Only sums over tokens are kept, so memory does not grow
+    with their number; at any time one layer's outputs for one batch are held, and only a quarter of a gigabyte of them
+    where the experts were recognised.
 
     Args:
         model: any module whose experts trace; transformers models with ``grouped_mm`` or ``batched_mm`` experts do.
             It is run in eval mode, without gradients, and left as it was.
         batches: inputs of the model, each a mapping of keyword arguments, a tuple of arguments or one tensor.  Every
             position counts, padding too, so give batches without padding.
-        metric: ``"frobenius"``.
+        metric: ``"frobenius"``, ``"cosine"``, ``"cka-linear"`` or ``"cka-rbf"``.
+        folds: also measure what the baselines ``ExFold`` and ``StaticPrune`` read.
+        noise_seed: with a seed, the experts get Gaussian noise of the root mean square of their own input, and the batches
+            only lead there: a quick start without data.  The metadata say so.
+        checkpoint: a file to go on from where an earlier call with the same arguments was stopped.  It is written as the
+            batches pass, and removed at the end; the result is that of an uninterrupted call, bit for bit.
         progress: whether to show a progress bar; None shows one on a terminal.
 
     Returns:
-        An artifact with ``similarity`` [E, E], float32, for every site, ready to ``save``.
+        An artifact with ``similarity`` [E, E], float32, for every site, ready to ``save``.  ``metadata["spread"]`` is how
+        far similarities from half of the tokens differ from those of the other half, halved: their standard error.
 
     Raises:
-        CalibrationError: unknown metric, no batch, no site, experts that do not trace, or outputs that are not finite.
+        CalibrationError: unknown metric, no batch, no site, experts that do not trace, outputs that are not finite, or a
+            checkpoint of something else.
     """
     if metric not in METRICS:
         raise CalibrationError(f"unknown metric '{metric}': expected one of {', '.join(METRICS)}")
-    collector = _Collector()
+    collector = _Collector(metric, folds, noise_seed)
+    done = collector.resume(Path(checkpoint), model) if checkpoint is not None else 0
     compiled = torch.compile(getattr(model, "_orig_mod", model), backend=collector.compile)
     count = 0
+    saved = time.monotonic()
     with _evaluating(model), torch.no_grad():
         for batch in _shown(batches, progress):
-            args, kwargs = _arguments(batch)
-            compiled(*args, **kwargs)
             count += 1
+            if count <= done:
+                continue
+            args, kwargs = _arguments(batch)
+            with _own_errors():
+                compiled(*args, **kwargs)
+            if checkpoint is not None and (count == done + 1 or time.monotonic() - saved > _CHECKPOINT_SECONDS):
+                collector.save(Path(checkpoint), model, count)
+                saved = time.monotonic()
     if count == 0:
         raise CalibrationError("there are no batches to calibrate on: give at least one")
-    return collector.artifact(model, metric, count)
+    artifact = collector.artifact(model, count)
+    if checkpoint is not None:
+        Path(checkpoint).unlink(missing_ok=True)
+    return artifact
+
+
+_CHECKPOINT_SECONDS = 20.0
 
 
 @dataclass
 class _Collector:
-    """Squared distances between the outputs of every two experts, by site."""
+    """What is summed up at every site while the model runs."""
 
-    squared: dict[str, Tensor] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
+    metric: str
+    folds: bool
+    noise_seed: int | None
+    sites: dict[str, similarity.Site] = field(default_factory=dict)
     hidden_sizes: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -81,6 +117,7 @@ class _Collector:
         """A torch.compile backend that runs the graph as it is and watches its experts."""
         from moe_fx.owner import ModuleOwner
         from moe_fx.passes.find_sites import find_sites
+        from moe_fx.passes.fuse_experts import Experts, recognise
         from moe_fx.passes.normalize import NormalizeError, normalize
         from moe_fx.passes.region import find_region
         from moe_fx.passes.reroute import has_capacity
@@ -93,30 +130,68 @@ class _Collector:
         routings, _ = find_sites(new, owner)
         for routing in routings:
             layers = owner.layers(routing.router.weight, routing.site)
-            region = find_region(routing)
+            name, region = layers.names(routing.site.name)[0], find_region(routing)
             if has_capacity(routing):
                 raise CalibrationError(
-                    f"the experts of site '{layers.names(routing.site.name)[0]}' have a capacity, which drops tokens when all "
+                    f"the experts of site '{name}' have a capacity, which drops tokens when all "
                     "of them go to one expert: raise the capacity for calibration, if the model lets you"
                 )
             if layers.shared or region is None:
                 self.problems += layers.names(routing.site.name)
+                continue
+            self.hidden_sizes[name] = routing.router.hidden_size
+            experts = recognise(routing, region) if not routing.cut.dense else None
+            if isinstance(experts, Experts):
+                self._watch_recognised(new, routing, experts, name)
+            elif routing.cut.counts:
+                raise CalibrationError(
+                    f"the experts of site '{name}' count their tokens beside the routing decision, so that they cannot be run "
+                    "one by one: let them count with torch.bincount of the ids"
+                )
             else:
-                self._watch(new, routing, region, layers.names(routing.site.name)[0])
+                self._watch_region(new, routing, region, name)
         new.recompile()
         return new.forward
 
-    def _watch(self, gm: fx.GraphModule, routing: Routing, region: Region, name: str) -> None:
-        """After the experts, call ``observe`` with what they read."""
+    def _watch_recognised(self, gm: fx.GraphModule, routing: Routing, experts: Experts, name: str) -> None:
+        """Before the experts, run each of them on what they read, a chunk of tokens at a time."""
+        how = (experts.activation, experts.gated, experts.transposed, experts.alpha, experts.limit)
+
+        def observe(picks: Picks, hidden: Tensor, w_gate_up: Tensor, w_down: Tensor, *biases: Tensor | None) -> None:
+            num_experts = routing.router.num_experts
+            step = max(16, _CHUNK_BYTES // (4 * num_experts * hidden.shape[-1]))
+            ids = torch.arange(num_experts, device=hidden.device)
+            for start in range(0, hidden.shape[0], self._site(name).rows(step)):
+                rows = slice(start, start + self._site(name).rows(step))
+                x = self._disturbed(hidden[rows], name)
+                one = torch.ones(len(x), 1, device=x.device)
+                outputs = [
+                    torch.ops.moe_fx.fused_experts(x, w_gate_up, w_down, one, e.expand(len(x), 1).contiguous(), *biases, *how)
+                    for e in ids
+                ]
+                self._add(name, outputs, picks, rows)
+
+        stacks = (experts.w_gate_up, experts.w_down, experts.b_gate_up, experts.b_down)
+        with gm.graph.inserting_after(experts.region.output):
+            gm.graph.call_function(observe, (self._picks(routing), experts.hidden, *stacks))
+
+    def _watch_region(self, gm: fx.GraphModule, routing: Routing, region: Region, name: str) -> None:
+        """After the experts, run a copy of their region with every pick of every token on one expert."""
         from moe_fx.passes.region import extract
 
         experts = extract(gm, region)
-        self.hidden_sizes[name] = routing.router.hidden_size
         dense = {e.node for e in routing.cut.dense}
+        width = routing.router.hidden_size
+        states = [n.op == "call_function" and n.meta["val"].shape[-1:] == (width,) for n in region.inputs]
 
-        def observe(*read: Tensor) -> None:
+        def observe(picks: Picks, *read: Tensor) -> None:
             decision, inputs = read[: len(region.replaced)], read[len(region.replaced) :]
-            self._add(name, routing.router.num_experts, lambda e: experts(*forced(decision, e), *inputs))
+            inputs = tuple(
+                self._disturbed(x, name) if is_state and x.is_floating_point() else x
+                for x, is_state in zip(inputs, states, strict=True)
+            )
+            outputs = [experts(*forced(decision, e), *inputs).flatten(0, -2) for e in range(routing.router.num_experts)]
+            self._add(name, outputs, picks, slice(None))
 
         def forced(decision: tuple[Tensor, ...], expert: int) -> list[Tensor]:
             return [
@@ -125,40 +200,91 @@ class _Collector:
             ]
 
         with gm.graph.inserting_after(region.output):
-            gm.graph.call_function(observe, (*region.replaced, *region.inputs))
+            gm.graph.call_function(observe, (self._picks(routing), *region.replaced, *region.inputs))
 
-    def _add(self, name: str, num_experts: int, run: Callable[[int], Tensor]) -> None:
-        outputs = torch.stack([run(e).float().flatten(0, -2) for e in range(num_experts)])  # [E, T, H]
-        if not outputs.isfinite().all():
+    def _picks(self, routing: Routing) -> tuple[Node | None, Node | None]:
+        """The ids and weights of the routing decision, where they are measured."""
+        if not self.folds:
+            return None, None
+        carriers = [e.node for e in (*routing.cut.weights, *routing.cut.dense)]
+        return routing.selection.ids, carriers[0] if carriers else None
+
+    def _disturbed(self, hidden: Tensor, name: str) -> Tensor:
+        """What the experts read: the model's own hidden states, or noise of the same root mean square."""
+        if self.noise_seed is None:
+            return hidden
+        site = self._site(name)
+        seed = int.from_bytes(hashlib.sha256(f"{self.noise_seed} {name} {site.tokens}".encode()).digest()[:7], "big")
+        noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed)).to(hidden)
+        return noise * hidden.float().square().mean().sqrt().to(hidden)
+
+    def _site(self, name: str) -> similarity.Site:
+        return self.sites.setdefault(name, similarity.Site(self.metric))
+
+    def _add(self, name: str, outputs: list[Tensor], picks: Picks, rows: slice) -> None:
+        stacked = torch.stack(outputs)
+        stacked = stacked.float() if stacked.dtype != torch.float64 else stacked  # [E, T, H]
+        if not stacked.isfinite().all():
             raise CalibrationError(f"an expert of site '{name}' gives outputs that are not finite on these batches")
-        flat = outputs.flatten(1).double()
-        gram = flat @ flat.T
-        norms = gram.diagonal()
-        squared = (norms[:, None] + norms[None, :] - 2 * gram).clamp_min(0).cpu()
-        self.squared[name] = self.squared.get(name, 0) + squared
-        self.tokens[name] = self.tokens.get(name, 0) + outputs.shape[1]
+        ids, weights = picks
+        if ids is not None and weights is not None:
+            ids = ids.reshape(-1, ids.shape[-1])[rows]
+            weights = weights.reshape(-1, weights.shape[-1])[rows]
+            per_pick = weights if weights.shape == ids.shape else weights.gather(1, ids.long())
+            self._site(name).add_picks(stacked, ids, per_pick)
+        self._site(name).add(stacked)
 
-    def artifact(self, model: nn.Module, metric: str, batches: int) -> Artifact:
+    def save(self, file: Path, model: nn.Module, count: int) -> None:
+        """Write all sums, so that ``resume`` can go on after ``count`` batches."""
+        tensors = {f"{name}/{key}": t for name, site in self.sites.items() for key, t in site.state().items()}
+        header = {"key": json.dumps(self._key(model)), "count": str(count)}
+        write_safetensors(file, tensors, header)
+
+    def resume(self, file: Path, model: nn.Module) -> int:
+        """Read what ``save`` wrote, if the file is there: the number of batches that are done."""
+        if not file.is_file():
+            return 0
+        header, tensors = read_safetensors(file)
+        if header.get("key") != json.dumps(self._key(model)):
+            raise CalibrationError(
+                f"{file} is the checkpoint of another calibration (another model, metric or setting): delete it, or name another"
+            )
+        for key, tensor in tensors.items():
+            name, _, part = key.rpartition("/")
+            self._site(name).load(part, tensor)
+        return int(header["count"])
+
+    def _key(self, model: nn.Module) -> list[object]:
+        return [self.metric, self.folds, self.noise_seed, model_identity(model)]
+
+    def artifact(self, model: nn.Module, batches: int) -> Artifact:
         """What was collected, as an artifact."""
-        from moe_fx.kernels.reference import frobenius_similarity
-
-        problems = [p for p in dict.fromkeys(self.problems) if p not in self.squared]
+        problems = [p for p in dict.fromkeys(self.problems) if p not in self.sites]
         if problems:
             raise CalibrationError(
                 f"the experts of site '{problems[0]}'{f' and {len(problems) - 1} more' * (len(problems) > 1)} run outside "
                 "the traced graph: use experts that trace, for example model.set_experts_implementation('grouped_mm')"
             )
-        if not self.squared:
+        if not self.sites:
             raise CalibrationError("no expert routing was found in this model: see moe_fx.explain(model, ...)")
-        sites = {name: {"similarity": frobenius_similarity(s.sqrt()).float()} for name, s in self.squared.items()}
-        metadata = {
-            "metric": metric,
+        sites = {name: {"similarity": site.similarity(), **site.fold_tables()} for name, site in self.sites.items()}
+        spreads = [s for site in self.sites.values() if (s := site.spread()) is not None]
+        metadata: dict[str, object] = {
+            "metric": self.metric,
             "model": model_identity(model),
+            "weights_sample": weights_sample(model),
             "hidden_sizes": self.hidden_sizes,
-            "calibration": {"batches": batches, "tokens": max(self.tokens.values())},
+            "calibration": {"batches": batches, "tokens": max(site.tokens for site in self.sites.values())},
+            "distance_scale": {name: scale for name, site in self.sites.items() if (scale := site.distance_scale()) is not None},
+            "spread": max(spreads) if spreads else None,
             "created_by": "moe_fx.calibrate",
         }
+        if self.noise_seed is not None:
+            metadata["calibrated_on"] = f"no data: Gaussian noise of each site's root mean square, seed {self.noise_seed}"
         return Artifact(sites, metadata)
+
+
+Picks = tuple[Tensor | None, Tensor | None]
 
 
 def _column(like: Tensor, index: int) -> Tensor:
@@ -178,6 +304,17 @@ def _arguments(batch: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise CalibrationError(
         f"a batch is a {type(batch).__name__}, expected a mapping of keyword arguments, a tuple of arguments or a tensor"
     )
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """Our errors, as they were before Dynamo wrapped them."""
+    try:
+        yield
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, CalibrationError):
+            raise error.inner_exception from None
+        raise
 
 
 @contextmanager

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from torch import Tensor, nn
 import layers
 import moe_fx
 import tiny
+from moe_fx import similarity
 from moe_fx.calibrate import CalibrationError
 
 
@@ -56,7 +61,7 @@ def test_equals_brute_force(name: str, experts: str) -> None:
     assert artifact.validate(model) is artifact
 
 
-@pytest.mark.parametrize("cls", [c for c in layers.ROUTES if c is not layers.Capacity])
+@pytest.mark.parametrize("cls", [c for c in layers.ROUTES if c not in (layers.Capacity, layers.CountedGroups)])
 def test_any_layer_that_is_detected(cls: type[layers.Layer]) -> None:
     layer, x = cls().eval(), torch.randn(8, layers.H)
     artifact = moe_fx.calibrate(nn.Sequential(layer), [x[:4], (x[4:],)])
@@ -97,6 +102,11 @@ def test_bad_input(batches: list[Any], metric: str, words: str) -> None:
         moe_fx.calibrate(layers.SoftmaxThenTopK(), batches, metric=metric)
 
 
+def test_experts_that_count_their_tokens_apart() -> None:
+    with pytest.raises(CalibrationError, match="count their tokens beside the routing decision"):
+        moe_fx.calibrate(layers.CountedGroups(), [torch.randn(4, layers.H)])
+
+
 def test_a_model_without_experts() -> None:
     with pytest.raises(CalibrationError, match="no expert routing was found"):
         moe_fx.calibrate(nn.Linear(4, 4), [torch.randn(2, 4)])
@@ -105,3 +115,95 @@ def test_a_model_without_experts() -> None:
 def test_experts_that_do_not_trace_say_what_to_do() -> None:
     with pytest.raises(CalibrationError, match="set_experts_implementation"):
         moe_fx.calibrate(tiny.build("qwen3_moe", "eager"), [tiny.tokens()])
+
+
+def published(outputs: Tensor, metric: str) -> Tensor:
+    """The similarity of all outputs at once, by the streaming class given everything in one window."""
+    site = similarity.Site(metric)
+    site.add(outputs)
+    return site.similarity()
+
+
+@pytest.mark.parametrize("metric", ["cosine", "cka-linear", "cka-rbf"])
+def test_every_metric_on_a_model(metric: str) -> None:
+    model, batches = tiny.build("qwen3_moe"), [tiny.tokens(2, 9), tiny.tokens(3, 4, seed=1)]
+    artifact = moe_fx.calibrate(model, batches, metric=metric)
+    for site in artifact.sites:
+        want = published(every_expert(model, site, batches), metric)
+        torch.testing.assert_close(artifact.sites[site]["similarity"], want, rtol=1e-4, atol=1e-5)
+    assert artifact.metadata["metric"] == metric
+
+
+class _StoppedError(Exception):
+    pass
+
+
+def stopped_after(count: int, batches: list[Any]) -> Iterator[Any]:
+    yield from batches[:count]
+    raise _StoppedError
+
+
+@pytest.mark.parametrize("metric", ["frobenius", "cka-rbf"])
+def test_resumed_gives_the_same_file(metric: str, tmp_path: Path) -> None:
+    model, batches = tiny.build("qwen3_moe"), [tiny.tokens(2, 9, seed=s) for s in range(4)]
+    settings: dict[str, Any] = {"metric": metric, "folds": True, "noise_seed": 7}
+    whole = moe_fx.calibrate(model, batches, **settings).save(tmp_path / "whole")
+    checkpoint = tmp_path / "checkpoint"
+    for count in (1, 3):
+        torch._dynamo.reset()
+        with pytest.raises(_StoppedError), mock.patch("moe_fx.calibrate._CHECKPOINT_SECONDS", 0.0):
+            moe_fx.calibrate(model, stopped_after(count, batches), checkpoint=checkpoint, **settings)
+        assert checkpoint.is_file()
+    with pytest.raises(CalibrationError, match="another calibration"):
+        moe_fx.calibrate(model, batches, checkpoint=checkpoint, metric="cosine")
+    torch._dynamo.reset()
+    parts = moe_fx.calibrate(model, batches, checkpoint=checkpoint, **settings).save(tmp_path / "parts")
+    assert not checkpoint.exists()
+    assert whole.read_bytes() == parts.read_bytes()
+
+
+def test_noise_instead_of_data() -> None:
+    model, batches = tiny.build("gpt_oss"), [tiny.tokens(2, 9)]
+    data, noise, again, other = (
+        moe_fx.calibrate(model, batches, noise_seed=seed) for seed in (None, 0, 0, 1)
+    )  # fmt: skip
+    assert noise == again
+    assert data != noise != other
+    assert "no data" in str(noise.metadata["calibrated_on"])
+    assert "calibrated_on" not in data.metadata
+
+
+def test_unrecognised_experts_get_noise_too() -> None:
+    layer, x = layers.LoopOverExperts().eval(), torch.randn(8, layers.H)
+    data, noise = moe_fx.calibrate(layer, [x]), moe_fx.calibrate(layer, [x], noise_seed=0)
+    assert data != noise
+
+
+def test_folds_come_from_the_models_own_picks() -> None:
+    model, batches = tiny.build("qwen3_moe"), [tiny.tokens(2, 9), tiny.tokens(3, 4, seed=1)]
+    artifact = moe_fx.calibrate(model, batches, folds=True)
+    with tiny.patched(model, "qwen3_moe", lambda site, hidden, ids, weights: (ids, weights)) as seen, torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for site, picked in seen.items():
+        ids = torch.cat(picked)
+        share = torch.stack([(ids == e).any(dim=1) for e in range(tiny.EXPERTS)]).float().mean(dim=1)
+        torch.testing.assert_close(artifact.sites[site]["coactivation"].diagonal(), share)
+        own = artifact.sites[site]["fold_scale"].diagonal()
+        assert bool(((own > 0.3) & (own <= 1)).logical_or(share == 0).all())  # an expert explains itself, but for lambda
+
+
+def test_another_revision_of_the_model_is_refused() -> None:
+    model = tiny.build("qwen3_moe")
+    artifact = moe_fx.calibrate(model, [tiny.tokens()])
+    assert artifact.validate(copy.deepcopy(model).to(torch.bfloat16)) is artifact
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.02)
+    with pytest.raises(moe_fx.ArtifactError, match="another revision"):
+        artifact.validate(model)
+
+
+def test_spread_tells_that_tokens_are_few() -> None:
+    few, many = (moe_fx.calibrate(tiny.build("qwen3_moe"), [tiny.tokens(b, 8)]) for b in (1, 24))
+    assert few.metadata["spread"] > 2 * many.metadata["spread"] > 0

@@ -1,0 +1,530 @@
+"""The command ``moe-fx``: inspect, calibrate, eval, tune and bench a model."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import math
+import os
+import statistics
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+import moe_fx
+from moe_fx import inputs, report
+from moe_fx.artifacts import Artifact, ArtifactError
+from moe_fx.backend import OptionError, explain, last_report
+from moe_fx.calibrate import CalibrationError
+from moe_fx.evaluate import EvaluationError, Evaluator, Windows, pareto, rows_of, windows
+from moe_fx.inputs import InputError
+from moe_fx.pipeline import UnrewrittenError
+from moe_fx.policy import BEAM, NAEE, OEA, SERE, Drop, ExFold, Policy, PolicyError, SmallerK, StaticPrune, TopK, TopP, from_config
+from moe_fx.tune import Limit, TuneError, tune
+
+_EXPECTED = (InputError, ArtifactError, CalibrationError, EvaluationError, TuneError, PolicyError, OptionError, UnrewrittenError)
+_STABLE_SPREAD = 0.02  # the standard error of a similarity above which more tokens are advised
+
+app = typer.Typer(help="Know and tune your Mixture-of-Experts model.", no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+class Metric(StrEnum):
+    """Similarity metrics."""
+
+    frobenius = "frobenius"
+    cosine = "cosine"
+    cka_linear = "cka-linear"
+    cka_rbf = "cka-rbf"
+
+
+Model = Annotated[str, typer.Argument(help="A folder with a model, or the id of one on the hub.")]
+Data = Annotated[list[str], typer.Option(help="Text files, .jsonl files with a 'text' in each line, or folders of them.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout and nothing else.")]
+Device = Annotated[str, typer.Option(help="Where the model runs.")]
+DType = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
+ArtifactOption = Annotated[Path | None, typer.Option("--artifact", help="The file that 'moe-fx calibrate' wrote.")]
+Batch = Annotated[int, typer.Option(min=1, help="Different texts that advance together, one token each a step.")]
+Batches = Annotated[list[int] | None, typer.Option("--batch", min=1, help="Texts that advance together; may be given again.")]
+Context = Annotated[int, typer.Option(min=2, help="Tokens predicted in one window of a text.")]
+Stride = Annotated[int | None, typer.Option(min=1, help="Tokens from one window to the next. Default: the context.")]
+Groups = Annotated[int, typer.Option(min=1, help="At most this many groups of texts are decoded.")]
+Inner = Annotated[str, typer.Option(help="The compiler behind the backend: eager starts at once, inductor runs faster.")]
+Plot = Annotated[Path | None, typer.Option(help="Draw to this .png.")]
+
+
+def _command(function: Callable[..., dict[str, Any]]) -> Callable[..., None]:
+    """A command whose expected errors become one line on stderr and exit code 1, and whose result becomes JSON if asked."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        as_json = bool(kwargs.get("as_json"))
+        warnings.filterwarnings("ignore", module=r"torch\..*")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        _quiet_transformers()
+        try:
+            with _unwrapped():
+                result = function(*args, **kwargs)
+        except _EXPECTED as error:
+            if as_json:
+                print(json.dumps({"error": str(error), "kind": type(error).__name__}))
+            else:
+                _stderr().print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            _stderr().print("stopped")
+            raise typer.Exit(130) from None
+        if as_json:
+            print(json.dumps(result))
+
+    return run
+
+
+@contextmanager
+def _unwrapped() -> Iterator[None]:
+    """Errors of the backend, as they were before Dynamo wrapped them."""
+    try:
+        yield
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise error.inner_exception from None
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _stderr() -> Console:
+    return Console(stderr=True)
+
+
+def _stdout() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
+@contextmanager
+def _progress(what: str, total: int | None, as_json: bool) -> Iterator[Callable[[int, str], None]]:
+    """A bar on stderr with the time left; nothing where stderr is no terminal."""
+    console = _stderr()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+               TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=console, transient=True, disable=as_json or not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done, now: bar.update(task, completed=done, description=f"{what}: {now}" if now else what)
+
+
+# ---------------------------------------------------------------------------------------------------- calibrate
+
+
+@app.command()
+@_command
+def calibrate(
+    model: Model,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="The artifact to write, such as model.moe.safetensors.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to run through every expert.")] = 51_200,
+    metric: Annotated[Metric, typer.Option(help="How similarity is measured.")] = Metric.frobenius,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of one text.")] = 128,
+    rows: Annotated[int, typer.Option(min=1, help="Texts in one batch; the product with --length bounds the memory.")] = 4,
+    folds: Annotated[bool, typer.Option(help="Also measure what the baselines ExFold and StaticPrune need.")] = True,
+    seed: Annotated[int, typer.Option(help="Which texts are drawn.")] = 0,
+    device: Device = "cpu",
+    dtype: DType = "auto",
+    as_json: AsJson = False,
+) -> dict[str, Any]:
+    """Measure how similar a model's experts are.  '--data none' uses noise.  Stopped, it goes on where it was."""
+    if not out.expanduser().parent.is_dir():
+        raise ArtifactError(f"cannot save to {out}: there is no directory {out.parent}; create it first")
+    net, tokenizer = inputs.load_model(model, device, dtype)
+    no_data = data == ["none"]
+    if no_data:
+        batches = inputs.random_batches(_vocabulary(net), tokens, length, rows, seed)
+    else:
+        documents = inputs.tokenized(inputs.read_documents([Path(d) for d in data]), tokenizer)
+        batches = inputs.calibration_batches(documents, tokens, length, rows, seed)
+    moved = [{key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()} for batch in batches]
+    partial = out.with_name(out.name + f".{metric.value}-{seed}-{tokens}.partial")
+    with _progress("calibrate", len(moved), as_json) as advance:
+        artifact = moe_fx.calibrate(
+            net, _counted(moved, advance), metric=metric.value, folds=folds, noise_seed=seed if no_data else None,
+            checkpoint=partial, progress=False,
+        )  # fmt: skip
+    made = {"calibrated_on": data, "seed": seed, "command": "moe-fx " + " ".join(sys.argv[1:])}
+    artifact = Artifact(artifact.sites, {**made, **artifact.metadata})
+    artifact.save(out)
+    spread = artifact.metadata["spread"]
+    assert spread is None or isinstance(spread, float)
+    if not as_json:
+        what = f"{len(artifact.sites)} sites, {metric.value} on {_tokens(artifact):,} tokens"
+        _stdout().print(f"Written: {out}: {what}", highlight=False)
+        if spread is not None:
+            _stdout().print(f"Similarities are known to ± {spread:.4f} (from two halves of the tokens).", highlight=False)
+    if spread is None or spread > _STABLE_SPREAD:
+        known = "nobody can tell how well" if spread is None else f"only to ± {spread:.3f}"
+        _stderr().print(f"warning: similarities are known {known}: {_tokens(artifact):,} tokens are too few; give more --tokens")
+    return {"artifact": str(out), "sites": list(artifact.sites), "metric": metric.value, "tokens": _tokens(artifact),
+            "spread": spread, "digest": artifact.digest}  # fmt: skip
+
+
+def _counted(batches: Sequence[dict[str, Any]], advance: Callable[[int, str], None]) -> Iterator[dict[str, Any]]:
+    for done, batch in enumerate(batches):
+        advance(done, "")
+        yield batch
+
+
+def _tokens(artifact: Artifact) -> int:
+    made: Any = artifact.metadata.get("calibration", {})
+    return int(made.get("tokens", 0))
+
+
+def _vocabulary(model: nn.Module) -> int:
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    return int(embeddings.weight.shape[0])
+
+
+# ------------------------------------------------------------------------------------------------------ inspect
+
+
+@app.command()
+@_command
+def inspect(
+    model: Model,
+    similarity: Annotated[Path | None, typer.Option(help="An artifact to draw and to check against the model.")] = None,
+    plot: Plot = None,
+    device: Device = "cpu",
+    dtype: DType = "auto",
+    as_json: AsJson = False,
+) -> dict[str, Any]:
+    """Show a model's routers, what would become of their experts, and what was left alone, with the reason."""
+    if plot is not None and similarity is None:
+        raise InputError("--plot draws similarities: name the artifact with --similarity")
+    net, _ = inputs.load_model(model, device, dtype)
+    tokens = torch.arange(8, device=device)[None] % _vocabulary(net)
+    with torch.no_grad():
+        # a fresh BEAM keeps every pick, and makes the report say what happens to picks that are switched off
+        options: dict[str, Any] = {"policy": BEAM()}
+        torch._dynamo.reset()
+        found = explain(torch.compile(net, backend="moe_sparse", options=options), input_ids=tokens, use_cache=False)
+    matches: dict[str, dict[str, float]] = {}
+    if similarity is not None:
+        artifact = Artifact.load(similarity).validate(net)
+        matches = {name: _match_summary(kinds["similarity"]) for name, kinds in artifact.sites.items() if "similarity" in kinds}
+        if plot is not None:
+            report.draw_similarity(plot, artifact)
+    if not as_json:
+        _stdout().print(found)
+        if matches:
+            _stdout().print(_match_table(matches))
+    sites = [{"site": s.name, "experts": s.num_experts, "top_k": s.top_k, "hidden_size": s.hidden_size, "scoring": s.scoring,
+              "off_picks": "skipped" if s.experts == "fused" else s.experts} for s in found.sites]  # fmt: skip
+    skips = [{"place": s.name, "reason": s.reason, "routing": s.routing} for s in found.skips]
+    return {"sites": sites, "skips": skips, "best_match": matches, "plot": str(plot) if plot else None}
+
+
+def _match_summary(table: Tensor) -> dict[str, float]:
+    best = report.best_match(table)
+    return {"lowest": float(best.min()), "median": float(best.median()), "highest": float(best.max())}
+
+
+def _match_table(matches: dict[str, dict[str, float]]) -> Table:
+    table = Table("site", "lowest", "median", "highest", title="similarity of each expert's best match", title_justify="left")
+    for name, summary in matches.items():
+        table.add_row(name, *(f"{value:.3f}" for value in summary.values()))
+    return table
+
+
+# --------------------------------------------------------------------------------------------------------- eval
+
+
+@app.command(name="eval")
+@_command
+def evaluate(
+    model: Model,
+    data: Data,
+    policy: Annotated[list[str] | None, typer.Option(help="name:key=value,... or JSON; may be given several times.")] = None,
+    artifact: ArtifactOption = None,
+    compare: Annotated[bool, typer.Option(help="SERE beside every baseline, over a range of settings.")] = False,
+    batch: Batches = None,
+    context: Context = 256,
+    stride: Stride = None,
+    groups: Groups = 4,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write all rows to this file.")] = None,
+    plot: Plot = None,
+    lm_eval: Annotated[list[str] | None, typer.Option(help="Also run these tasks of the lm-eval library (extra [eval]).")] = None,
+    inner: Inner = "eager",
+    device: Device = "cpu",
+    dtype: DType = "auto",
+    as_json: AsJson = False,
+) -> dict[str, Any]:
+    """Measure what policies cost, the way a server decodes: different texts together, one token each a step."""
+    net, tokenizer = inputs.load_model(model, device, dtype)
+    table = None if artifact is None else Artifact.load(artifact).validate(net)
+    named = [(text, _policy(text, table)) for text in policy or []]
+    documents = inputs.tokenized(inputs.read_documents([Path(d) for d in data]), tokenizer)
+    rows: list[dict[str, Any]] = []
+    for size in batch or [16]:
+        texts = windows(documents, size, context, stride or context, groups)
+        rows += _evaluate_at(net, texts, named, table if compare else None, compare, inner, plot, as_json)
+    tasks = _run_lm_eval(lm_eval, net, tokenizer, named) if lm_eval else {}
+    if csv_file is not None:
+        _write_csv(csv_file, rows)
+    return {"rows": rows, "lm_eval": tasks, "csv": str(csv_file) if csv_file else None, "plot": str(plot) if plot else None}
+
+
+def _evaluate_at(
+    net: nn.Module,
+    texts: Windows,
+    named: Sequence[tuple[str, tuple[Policy, ...]]],
+    table: Artifact | None,
+    compare: bool,
+    inner: str,
+    plot: Path | None,
+    as_json: bool,
+) -> list[dict[str, Any]]:
+    with _progress("evaluate", None, as_json) as advance:
+        evaluator = Evaluator(net, texts, inner=inner, advance=advance)
+        chosen = list(named)
+        if compare:
+            chosen += [(p.describe(), (p,)) for p in comparison(table, *_sizes())]
+        found = [evaluator.full, *(evaluator.evaluate(name, policies) for name, policies in chosen)]
+    rows = rows_of(found, evaluator.full)
+    size = evaluator.full.batch
+    title = f"{size} texts together, {texts.scored:,} tokens predicted in windows of {texts.groups[0].shape[1] - 1}"
+    if not as_json:
+        _stdout().print(report.evaluation_table(rows, title))
+    if plot is not None:
+        target = plot if len(rows) == 0 or size == 16 else plot.with_stem(f"{plot.stem}-{size}")
+        report.draw_pareto(target, rows[1:] if len(rows) > 1 else rows, [e.name for e in pareto(found[1:])], title)
+    return rows
+
+
+def _sizes() -> tuple[int, int]:
+    """K and E of the model that was compiled last."""
+    sites = last_report().sites
+    return max(s.top_k for s in sites), max(s.num_experts for s in sites)
+
+
+def comparison(artifact: Artifact | None, top_k: int, num_experts: int) -> list[Policy]:
+    """SERE and every baseline over a range of settings; those that need an artifact only where there is one."""
+    firsts = [s for s in (1, 2, 3, 4, 6) if s < top_k]
+    chosen: list[Policy] = [SmallerK(k) for k in firsts]
+    chosen += [Drop(s) for s in firsts] + [OEA(s) for s in firsts]
+    chosen += [TopP(p) for p in (0.3, 0.5, 0.7, 0.9)] + [NAEE(r) for r in (0.3, 0.5, 0.7, 0.9)]
+    if artifact is not None and "similarity" in artifact.kinds:
+        tables = [kinds["similarity"] for kinds in artifact.sites.values() if "similarity" in kinds]
+        middle = round(statistics.fmean(float(report.best_match(t).median()) for t in tables), 2)
+        chosen += [SERE(artifact, primary=s, threshold=t) for s in firsts for t in (0.0, middle)]
+        if "tuned" in artifact.metadata:
+            chosen.append(SERE(artifact))
+    if artifact is not None and "fold_scale" in artifact.kinds:
+        chosen += [ExFold(artifact, s) for s in firsts]
+        keeps = [num_experts * quarters // 4 for quarters in (1, 2, 3)]
+        chosen += [StaticPrune(artifact, keep) for keep in keeps if keep >= top_k]
+    return chosen
+
+
+def _policy(text: str, artifact: Artifact | None) -> tuple[Policy, ...]:
+    """The policies in ``name:key=value,key=value`` or in JSON; one that reads an artifact gets ``--artifact``."""
+    if text.lstrip().startswith(("{", "[")):
+        try:
+            config = json.loads(text)
+        except ValueError as error:
+            raise PolicyError(f"policy {text!r} is not JSON: {error}") from None
+    else:
+        name, _, settings = text.partition(":")
+        config = {"name": name.strip()} | dict(_setting(text, part) for part in settings.split(",") if part.strip())
+    listed: list[Any] = config if isinstance(config, list) else [config]
+    parts: list[dict[str, Any]] = [{"name": p} if isinstance(p, str) else dict(p) for p in listed]
+    for part in parts:
+        needs = part.get("name") in (SERE.name, BEAM.name, ExFold.name, StaticPrune.name)
+        if needs and "artifact" not in part:
+            if artifact is None:
+                raise PolicyError(f"policy '{part['name']}' reads an artifact: name it with --artifact")
+            part["artifact"] = artifact
+    return from_config(parts)
+
+
+def _setting(text: str, part: str) -> tuple[str, Any]:
+    key, equals, value = part.partition("=")
+    if not equals:
+        raise PolicyError(f"policy {text!r} has '{part}' where key=value is expected, as in sere:primary=2,threshold=0.3")
+    try:
+        return key.strip(), json.loads(value)
+    except ValueError:
+        return key.strip(), value.strip()
+
+
+def _run_lm_eval(
+    tasks: list[str], net: nn.Module, tokenizer: Any, named: Sequence[tuple[str, tuple[Policy, ...]]]
+) -> dict[str, Any]:
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+    except ImportError:
+        raise InputError("--lm-eval needs the lm-eval library: pip install 'moe-fx[eval]'") from None
+    results: dict[str, Any] = {}
+    for name, policies in [("full", (TopK(),)), *named]:
+        torch._dynamo.reset()
+        options: dict[str, Any] = {"policy": list(policies), "inner": "eager"}
+        compiled: Any = torch.compile(net, backend="moe_sparse", options=options)
+        found = lm_eval.simple_evaluate(model=HFLM(pretrained=compiled, tokenizer=tokenizer), tasks=tasks)
+        results[name] = {} if found is None else found["results"]
+    return json.loads(json.dumps(results, default=str))
+
+
+def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    try:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            names = list(dict.fromkeys(name for row in rows for name in row))
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows({k: json.dumps(v) if isinstance(v, dict) else v for k, v in row.items()} for row in rows)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}") from None
+
+
+# --------------------------------------------------------------------------------------------------------- tune
+
+
+@app.command(name="tune")
+@_command
+def tune_command(
+    model: Model,
+    data: Data,
+    artifact: Annotated[Path, typer.Option(help="The file that 'moe-fx calibrate' wrote; the settings go into it.")],
+    max_kl: Annotated[float | None, typer.Option(min=0.0, help="At most this KL divergence to the full model, nats.")] = None,
+    max_ppl_increase: Annotated[str | None, typer.Option(help="At most this increase of the perplexity: 1% or 0.01.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write here and leave --artifact as it is.")] = None,
+    batch: Batch = 16,
+    context: Context = 128,
+    stride: Stride = None,
+    groups: Groups = 2,
+    inner: Inner = "eager",
+    device: Device = "cpu",
+    dtype: DType = "auto",
+    as_json: AsJson = False,
+) -> dict[str, Any]:
+    """Choose SERE's S and threshold for every layer, and write them into the artifact."""
+    limit = _limit(max_kl, max_ppl_increase)
+    net, tokenizer = inputs.load_model(model, device, dtype)
+    table = Artifact.load(artifact).validate(net)
+    documents = inputs.tokenized(inputs.read_documents([Path(d) for d in data]), tokenizer)
+    texts = windows(documents, batch, context, stride or context, groups)
+    with _progress("tune", None, as_json) as advance:
+        evaluator = Evaluator(net, texts, inner=inner, advance=advance)
+        tuned = tune(net, table, texts, limit, evaluator=evaluator)
+    target = out or artifact
+    tuned.artifact.save(target)
+    shown = [tuned.full, *([tuned.best_global] if tuned.best_global else []), tuned.chosen]
+    rows = rows_of(shown, tuned.full)
+    settings: Any = tuned.artifact.metadata["tuned"]
+    if not as_json:
+        title = f"{batch} texts together, {texts.scored:,} tokens; limit {limit.nats:.4g} nats per token"
+        _stdout().print(report.evaluation_table(rows, title))
+        by_site = Table("site", "S", "threshold", title=f"written to {target}: SERE('{target}') uses it", title_justify="left")
+        for site, (primary, threshold) in settings.items():
+            by_site.add_row(site, str(primary), f"{threshold:g}")
+        _stdout().print(by_site)
+    return {"artifact": str(target), "tuned": settings, "limit_nats": limit.nats, "rows": rows}
+
+
+def _limit(max_kl: float | None, max_ppl_increase: str | None) -> Limit:
+    if (max_kl is None) == (max_ppl_increase is None):
+        raise InputError("say how much quality may go: either --max-kl or --max-ppl-increase")
+    if max_ppl_increase is None:
+        return Limit(max_kl=max_kl)
+    text = max_ppl_increase.strip()
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise InputError(f"--max-ppl-increase is '{max_ppl_increase}', expected a share such as 1% or 0.01") from None
+    if not 0 < share < math.inf:
+        raise InputError(f"--max-ppl-increase is '{max_ppl_increase}', expected more than 0")
+    return Limit(max_ppl_increase=share)
+
+
+# -------------------------------------------------------------------------------------------------------- bench
+
+
+@app.command()
+@_command
+def bench(
+    model: Model,
+    data: Annotated[list[str] | None, typer.Option(help="Text to decode. Default: random tokens.")] = None,
+    policy: Annotated[list[str] | None, typer.Option(help="As for eval. Default: SERE, as the artifact was tuned.")] = None,
+    artifact: ArtifactOption = None,
+    batch: Batches = None,
+    length: Annotated[int, typer.Option(min=16, help="Tokens of the cache, and of the prefill.")] = 64,
+    turns: Annotated[int, typer.Option(min=2, help="Turns of 8 steps that each configuration takes.")] = 6,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    inner: Inner = "inductor",
+    device: Device = "cpu",
+    dtype: DType = "auto",
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write all rows to this file.")] = None,
+    as_json: AsJson = False,
+) -> dict[str, Any]:
+    """Time decoding and prefill with and without a policy, side by side."""
+    from moe_fx.bench import bench as measure
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    net, tokenizer = inputs.load_model(model, device, dtype)
+    table = None if artifact is None else Artifact.load(artifact).validate(net)
+    configurations: dict[str, tuple[Policy, ...] | None] = {f"{inner} alone": None, "moe_sparse, TopK": (TopK(),)}
+    for text in policy or (["sere"] if table is not None else []):
+        policies = _policy(text, table)
+        configurations["moe_sparse, " + " + ".join(p.describe() for p in policies)] = policies
+    sizes = batch or [1, 4, 16]
+    tokens = _tokens_to_time(data, tokenizer, _vocabulary(net), max(sizes), length)
+    with _progress("bench", None, as_json) as advance:
+        say = functools.partial(advance, 0)
+        rows = measure(net, configurations, tokens, batches=sizes, turns=turns, inner=inner, advance=say)
+    if not as_json:
+        _stdout().print(_bench_table(rows))
+    if csv_file is not None:
+        _write_csv(csv_file, rows)
+    return {"rows": rows, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+
+
+def _tokens_to_time(data: list[str] | None, tokenizer: Any, vocabulary: int, rows: int, length: int) -> Tensor:
+    if data is None:
+        return torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
+    documents = inputs.tokenized(inputs.read_documents([Path(d) for d in data]), tokenizer)
+    return windows(documents, rows, length - 1, length - 1, 1).groups[0]
+
+
+def _bench_table(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table()
+    for heading in ("what", "batch", "configuration", "active experts per layer", "ms per step (spread)", "ratio to the first"):
+        table.add_column(heading, justify="left" if heading in ("what", "configuration") else "right")
+    for r in rows:
+        table.add_row(r["what"], str(r["batch"]), r["configuration"], f"{r['active_experts_per_layer']:.1f}",
+                      f"{r['ms']:.1f} ({r['spread']:.0%})", f"{r['ratio_to_inductor_alone']:.2f}x")  # fmt: skip
+    return table
+
+
+def main() -> None:
+    """The entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

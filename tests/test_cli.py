@@ -1,0 +1,216 @@
+"""The command line on a tiny model in a folder: what it writes, what it says, and how it fails."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import moe_fx
+import tiny
+from moe_fx.cli import app
+
+TEXT = "the quick brown fox jumps over the lazy dog and runs away from it "
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    torch._dynamo.reset()
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, its tokenizer and texts, as from a hub."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    root = tmp_path_factory.mktemp("cli")
+    tiny.build("qwen3_moe").save_pretrained(root / "model")
+    words = {word: i + 3 for i, word in enumerate(dict.fromkeys(TEXT.split()))} | {"[UNK]": 1}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(root / "model")
+    lines = [" ".join(TEXT.split()[i:] + TEXT.split()[:i]) * 6 for i in range(6)]
+    (root / "data.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    result = run("calibrate", root / "model", "--data", root / "data.jsonl", "--tokens", 64, "--length", 16, "--rows", 2,
+                 "--out", root / "model.moe.safetensors", "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    return root
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_calibrate_writes_a_good_artifact_that_another_run_repeats(folder: Path) -> None:
+    artifact = moe_fx.Artifact.load(folder / "model.moe.safetensors").validate(tiny.build("qwen3_moe"))
+    assert artifact.kinds == ("coactivation", "fold_gain", "fold_scale", "similarity")
+    assert artifact.metadata["calibration"] == {"batches": 2, "tokens": 64}
+    assert artifact.metadata["calibrated_on"] == [str(folder / "data.jsonl")]
+    again = run("calibrate", folder / "model", "--data", folder / "data.jsonl", "--tokens", 64, "--length", 16, "--rows", 2,
+                "--out", folder / "again.safetensors")  # fmt: skip
+    assert again.exit_code == 0
+    assert "64 tokens" in again.stdout
+    assert moe_fx.Artifact.load(folder / "again.safetensors") == artifact
+    assert not list(folder.glob("*.partial"))
+
+
+def test_calibrate_without_data_is_labelled(folder: Path) -> None:
+    result = run("calibrate", folder / "model", "--data", "none", "--tokens", 32, "--length", 16, "--metric", "cosine",
+                 "--out", folder / "noise.safetensors", "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    metadata = moe_fx.Artifact.load(folder / "noise.safetensors").metadata
+    assert "no data" in str(metadata["calibrated_on"])
+    assert metadata["metric"] == "cosine"
+
+
+def test_inspect_shows_and_draws(folder: Path) -> None:
+    plot = folder / "plot.png"
+    shown = run("inspect", folder / "model", "--similarity", folder / "model.moe.safetensors", "--plot", plot)
+    assert shown.exit_code == 0, shown.output
+    assert "model.layers.1.mlp" in shown.stdout
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    found = json.loads(run("inspect", folder / "model", "--json").stdout)
+    assert [s["site"] for s in found["sites"]] == list(tiny.ARCHS["qwen3_moe"].sites)
+    assert {(s["experts"], s["top_k"], s["hidden_size"], s["off_picks"]) for s in found["sites"]} == {(10, 3, 32, "skipped")}
+    assert found["skips"] == []
+
+
+def test_eval_writes_rows_and_a_plot(folder: Path) -> None:
+    out, plot = folder / "rows.csv", folder / "pareto.png"
+    result = run("eval", folder / "model", "--data", folder / "data.jsonl", "--artifact", folder / "model.moe.safetensors",
+                 "--policy", "sere:primary=1,threshold=0.1", "--policy", '{"name": "exfold", "primary": 1}',
+                 "--policy", "top_p:p=0.5",
+                 "--batch", 3, "--batch", 2, "--context", 8, "--groups", 1, "--csv", out, "--plot", plot, "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    assert [r["batch"] for r in rows] == [3] * 4 + [2] * 4
+    assert rows[0]["policy"] == "full"
+    assert all(0 < r["active_experts_per_layer"] <= 10 for r in rows)
+    with out.open() as file:
+        assert [r["policy"] for r in csv.DictReader(file)] == [r["policy"] for r in rows]
+    assert plot.with_stem("pareto-3").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tune_writes_settings_that_serve_alone(folder: Path) -> None:
+    out = folder / "tuned.safetensors"
+    result = run("tune", folder / "model", "--data", folder / "data.jsonl", "--artifact", folder / "model.moe.safetensors",
+                 "--max-ppl-increase", "50%", "--batch", 3, "--context", 6, "--groups", 1, "--out", out, "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    tuned = json.loads(result.stdout)["tuned"]
+    assert moe_fx.SERE(out).layers == tuple((site, s, t) for site, (s, t) in sorted(tuned.items()))
+    assert moe_fx.SERE(folder / "model.moe.safetensors").layers == ()
+
+
+def test_bench_times_side_by_side(folder: Path) -> None:
+    result = run("bench", folder / "model", "--artifact", folder / "model.moe.safetensors", "--batch", 2, "--length", 16,
+                 "--turns", 2, "--inner", "eager", "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    assert [(r["what"], r["configuration"]) for r in rows] == [
+        (what, name) for what in ("decode", "prefill")
+        for name in ("eager alone", "moe_sparse, TopK", "moe_sparse, SERE(primary=2, threshold=0.0)")
+    ]  # fmt: skip
+    assert all(r["ms"] > 0 for r in rows)
+    assert rows[0]["active_experts_per_layer"] >= rows[2]["active_experts_per_layer"]
+
+
+def bad_data(folder: Path) -> dict[str, tuple[Path, str]]:
+    cases = {
+        "missing": (None, "there is no data file"),
+        "empty": (b" \n", "is empty"),
+        "binary": (b"\xff\xfe\x00", "is not UTF-8 text"),
+        "zeros": (b"a\x00b", "is binary"),
+        "short": (b"the quick brown fox", "the data have 4 tokens, 0 of them in whole windows of 16, but 64 are"),
+        "notjson.jsonl": (b"{", "line 1, is not JSON"),
+        "notext.jsonl": (b'{"a": 1}', "has no 'text'"),
+    }
+    for name, (content, _) in cases.items():
+        if content is not None:
+            (folder / name).write_bytes(content)
+    return {name: (folder / name, words) for name, (_, words) in cases.items()}
+
+
+@pytest.mark.parametrize("name", ["missing", "empty", "binary", "zeros", "short", "notjson.jsonl", "notext.jsonl"])
+def test_bad_data(folder: Path, tmp_path: Path, name: str) -> None:
+    path, words = bad_data(tmp_path)[name]
+    result = run("calibrate", folder / "model", "--data", path, "--tokens", 64, "--length", 16, "--out", tmp_path / "o", "--json")
+    assert result.exit_code == 1
+    assert words in json.loads(result.stdout)["error"]
+    assert not (tmp_path / "o").exists()
+
+
+def test_no_such_model(tmp_path: Path) -> None:
+    for name in (tmp_path / "nowhere", tmp_path):
+        result = run("inspect", name)
+        assert result.exit_code == 1
+        assert "error:" in result.stderr
+        assert str(tmp_path) in result.stderr.replace("\n", "")
+
+
+def test_wrong_use(folder: Path) -> None:
+    model, data, artifact = folder / "model", folder / "data.jsonl", folder / "model.moe.safetensors"
+    cases: dict[str, tuple[object, ...]] = {
+        "say how much quality may go": ("tune", model, "--data", data, "--artifact", artifact),
+        "expected a share": ("tune", model, "--data", data, "--artifact", artifact, "--max-ppl-increase", "much"),
+        "name it with --artifact": ("eval", model, "--data", data, "--policy", "sere"),
+        "unknown policy 'seer'": ("eval", model, "--data", data, "--policy", "seer"),
+        "key=value is expected": ("eval", model, "--data", data, "--policy", "top_p:0.5"),
+        "--plot draws similarities": ("inspect", model, "--plot", folder / "x.png"),
+        "documents are decoded together": (),
+    }
+    for words, arguments in cases.items():
+        if arguments:
+            result = run(*arguments, "--json")
+            assert result.exit_code == 1, words
+            assert words in json.loads(result.stdout)["error"]
+    few = json.loads(run("eval", model, "--data", data, "--batch", 99, "--context", 8, "--json").stdout)
+    assert "but 99 are decoded together" in few["error"]
+
+
+def test_an_artifact_of_another_model_or_revision(folder: Path, tmp_path: Path) -> None:
+    other = tiny.random_artifact("mixtral")
+    sites = {f"model.layers.{i + 1}.mlp": kinds for i, kinds in enumerate(other.sites.values())}
+    moe_fx.Artifact(sites).save(tmp_path / "other")
+    good = moe_fx.Artifact.load(folder / "model.moe.safetensors")
+    sample = [value + 0.5 for value in good.metadata["weights_sample"]]  # type: ignore[attr-defined]
+    moe_fx.Artifact(good.sites, {**good.metadata, "weights_sample": sample}).save(tmp_path / "revision")
+    for name, words in (("other", "is not a module of the model"), ("revision", "another revision")):
+        result = run("inspect", folder / "model", "--similarity", tmp_path / name, "--json")
+        assert result.exit_code == 1
+        assert words in json.loads(result.stdout)["error"]
+
+
+def test_a_full_disk_leaves_the_old_file(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.safetensors"
+    out.write_bytes((folder / "model.moe.safetensors").read_bytes())
+    before = out.read_bytes()
+    full = OSError(28, "No space left on device")
+    with mock.patch.object(os, "fsync", side_effect=full):
+        result = run("calibrate", folder / "model", "--data", folder / "data.jsonl", "--tokens", 32, "--length", 16,
+                     "--out", out, "--json")  # fmt: skip
+    assert result.exit_code == 1
+    assert "No space left on device" in json.loads(result.stdout)["error"]
+    assert out.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_local_model_needs_no_network(folder: Path) -> None:
+    with mock.patch("socket.socket.connect", side_effect=AssertionError("the network was used")):
+        assert run("inspect", folder / "model", "--json").exit_code == 0
+
+
+def test_lm_eval_is_optional(folder: Path) -> None:
+    with mock.patch.dict("sys.modules", {"lm_eval": None}):
+        result = run("eval", folder / "model", "--data", folder / "data.jsonl", "--batch", 2, "--context", 4, "--groups", 1,
+                     "--lm-eval", "piqa", "--json")  # fmt: skip
+    assert result.exit_code == 1
+    assert "pip install 'moe-fx[eval]'" in json.loads(result.stdout)["error"]

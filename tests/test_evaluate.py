@@ -1,0 +1,97 @@
+"""Decode-wise evaluation against a plain loop over the uncompiled model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import moe_fx
+import tiny
+from moe_fx.evaluate import Evaluation, EvaluationError, Evaluator, pareto, rows_of, windows
+from moe_fx.policy import SmallerK
+from moe_fx.testing import tolerance
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    torch._dynamo.reset()
+    torch.set_num_threads(1)
+
+
+def documents(count: int = 5, length: int = 20) -> list[Tensor]:
+    return [tiny.tokens(1, length + i, seed=i)["input_ids"][0] for i in range(count)]
+
+
+def test_windows_put_different_documents_together_and_score_each_token_once() -> None:
+    docs = [torch.arange(100 * i, 100 * i + length) for i, length in enumerate((21, 13, 5, 9))]
+    texts = windows(docs, batch=2, context=8, stride=4)
+    predicted: list[int] = []
+    for group, skip in zip(texts.groups, texts.skips, strict=True):
+        assert len({int(row[0]) // 100 for row in group}) == 2
+        for row, first in zip(group, skip.tolist(), strict=True):
+            predicted += row[1 + first :].tolist()
+    assert len(predicted) == len(set(predicted)) == texts.scored
+    assert {p // 100 for p in predicted} == {0, 1, 3}  # document 2 is shorter than a window
+
+
+@pytest.mark.parametrize(
+    ("batch", "context", "stride", "words"),
+    [(2, 8, 9, "stride is 9"), (4, 8, 8, "2 of 3 documents have more than 8 tokens"), (1, 50, 9, "the longest has 20")],
+)
+def test_bad_windows(batch: int, context: int, stride: int, words: str) -> None:
+    with pytest.raises(EvaluationError, match=words):
+        windows([torch.arange(20), torch.arange(12), torch.arange(3)], batch, context, stride)
+
+
+def expected_losses(name: str, model: torch.nn.Module, group: Tensor, rule: tiny.Rule | None) -> Tensor:
+    """Every step is a batch of one token of each text: the logits of its prefixes, the routing patched step by step."""
+    from transformers import DynamicCache
+
+    cache, losses = DynamicCache(config=model.config), []
+    for t in range(group.shape[1] - 1):
+        logits = tiny.expected(model, name, rule, input_ids=group[:, t : t + 1], past_key_values=cache, use_cache=True)
+        losses.append(torch.nn.functional.cross_entropy(logits[:, -1], group[:, t + 1], reduction="none"))
+    return torch.stack(losses, dim=1).mean(dim=1)
+
+
+def test_equals_a_loop_over_the_patched_model() -> None:
+    name = "qwen3_moe"
+    model, artifact = tiny.build(name), tiny.random_artifact(name)
+    texts = windows(documents(), batch=4, context=7, stride=7, max_groups=1)
+    evaluator = Evaluator(model, texts)
+    sere = evaluator.evaluate("SERE", moe_fx.SERE(artifact, primary=1))
+    rule = tiny.sere_rule(artifact, 1, 0.0)
+    for result, patch in ((evaluator.full, None), (sere, rule)):
+        want = expected_losses(name, model, texts.groups[0], patch)
+        torch.testing.assert_close(torch.tensor(result.losses, dtype=want.dtype), want, **tolerance(torch.float32))
+    assert evaluator.full.kl == pytest.approx(0, abs=1e-6)
+    assert evaluator.full.agreement == 1
+    assert sere.kl > 0.001
+    assert sere.active_experts < evaluator.full.active_experts
+    assert list(sere.active) == list(tiny.ARCHS[name].sites)
+    assert sere.tokens == texts.scored == 28
+    fewer = evaluator.evaluate("top-1", SmallerK(1))
+    assert fewer.off == 4 * (tiny.TOP_K - 1)
+    assert max(fewer.active.values()) <= 4  # as many as texts
+
+
+def test_a_model_without_experts_is_told() -> None:
+    import transformers
+
+    config = transformers.LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                      num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    with pytest.raises(EvaluationError, match="no expert routing was found"):
+        Evaluator(model, windows(documents(), 2, 4, 4, 1))
+
+
+def test_pareto_and_rows() -> None:
+    def made(name: str, active: float, kl: float) -> Evaluation:
+        return Evaluation(name, (), 2, losses=[1.0 + kl, 3.0 + kl], kl=kl, active={"a": active}, agreement=0.5, step_ms=1.0)
+
+    found = [made("a", 4, 0.0), made("b", 2, 0.5), made("c", 3, 0.6), made("d", 1, 0.7)]
+    assert [e.name for e in pareto(found)] == ["d", "b", "a"]
+    rows = rows_of(found, found[0])
+    assert rows[1]["loss_above_full"] == pytest.approx(0.5)
+    assert rows[1]["loss_above_full_standard_error"] == pytest.approx(0, abs=1e-6)
