@@ -8,12 +8,16 @@ TORCH ?= torch==2.13.0
 PYTEST_ARGS ?= -n 2 --dist worksteal
 DEMO_ARGS ?=
 BENCHMARKS ?=
+# `make gpu` installs nothing: it runs under a Python that has PyTorch for CUDA, Triton, transformers and pytest.
+GPU_PYTHON ?= python3
+PART ?=
+GPU_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench clean
+.PHONY: help venv demo test check bench gpu clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -33,6 +37,9 @@ check: $(VENV)/.test  ## ruff and mypy
 
 bench: $(VENV)/.test  ## run the benchmarks; BENCHMARKS="decode" runs only those
 	$(BIN)/python -m benchmarks.run $(BENCHMARKS)
+
+gpu:  ## tests and tables on a GPU: about 8 minutes; PART="kernels", backend, vllm, tune or sanitize runs only that
+	$(GPU_PYTHON) -m benchmarks.gpu $(PART) $(GPU_ARGS)
 
 clean:  ## remove the environment, the demo's model, and caches
 	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -10,6 +10,7 @@ process without ``TRITON_INTERPRET``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import re
@@ -31,8 +32,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from moe_fx.kernels import beam_mask, fold_masked, fused_experts, sere_reroute
+from moe_fx.kernels import beam_mask, fold_masked, fused_experts, sere_reroute, topk_beam, topk_sere
 
+MODULES: tuple[Any, ...] = (beam_mask, fold_masked, fused_experts, sere_reroute, topk_beam, topk_sere)
 CAPABILITY = 90  # Hopper: H100, H200
 TYPE_NAMES = {
     torch.float32: "fp32",
@@ -66,6 +68,7 @@ class Compiled:
     spilled_bytes: int
     shared_bytes: int
     uses_wgmma: bool
+    wide_copies: bool  # whether operands go to shared memory 16 bytes at a time, while others are multiplied
 
 
 class _Recorder:
@@ -85,9 +88,11 @@ class _Recorder:
 def recorded_launches(module: Any, *args: Any) -> list[Launch]:
     """The kernel launches that the launcher of ``module`` makes for these arguments (meta tensors will do)."""
     launches: list[Launch] = []
-    kernels = {name: kernel for name, kernel in vars(module).items() if name.endswith("_kernel")}
-    recorders: dict[str, Any] = {name: _Recorder(kernel, launches) for name, kernel in kernels.items()}
-    with mock.patch.multiple(module, **recorders):
+    with contextlib.ExitStack() as stack:
+        for other in MODULES:  # a launcher may call another module's
+            kernels = {name: kernel for name, kernel in vars(other).items() if name.endswith("_kernel")}
+            recorders: dict[str, Any] = {name: _Recorder(kernel, launches) for name, kernel in kernels.items()}
+            stack.enter_context(mock.patch.multiple(other, **recorders))
         getattr(module, module.__name__.rsplit(".", 1)[-1])(*args)
     return launches
 
@@ -136,6 +141,7 @@ def compile_launch(launch: Launch, shape: str) -> Compiled:
         spilled_bytes=_number(r"(\d+) bytes spill", report),
         shared_bytes=compiled.metadata.shared,
         uses_wgmma="wgmma.mma_async" in compiled.asm["ptx"],
+        wide_copies="cp.async.cg.shared.global" in compiled.asm["ptx"] and "cp.async.ca" not in compiled.asm["ptx"],
     )
 
 
@@ -162,6 +168,20 @@ def _calls() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
         (8192, 8, 128, i64, fp16, fp32),
     ):
         yield f"T={t} K={k} E={e}", beam_mask, (_meta((t, k), weights), _meta((t, k), ids), _meta((t, e), logits), 0.5)
+    for t, k, e, s, scores, valid, threshold in (
+        (1, 8, 128, 1, fp32, None, 0.0),
+        (16, 8, 128, 2, fp32, None, 0.3),
+        (64, 6, 64, 2, fp32, _meta((64,), torch.bool), 0.0),
+        (64, 8, 128, 1, bf16, _meta((), i64), 0.0),
+        (256, 8, 128, 4, fp32, None, 0.3),
+        (64, 10, 512, 1, fp32, None, 0.0),
+        (4, 8, 1024, 1, fp16, None, 0.0),
+        (8192, 8, 128, 2, fp32, None, 0.0),
+    ):
+        shape = f"T={t} K={k} E={e} S={s}"
+        yield shape, topk_sere, (_meta((t, e), scores), k, _meta((e, e), fp32), s, threshold, valid)
+    for t, k, e, scores in ((16, 8, 128, fp32), (64, 6, 64, bf16), (256, 10, 512, fp32), (8192, 8, 128, fp32)):
+        yield f"T={t} K={k} E={e}", topk_beam, (_meta((t, e), scores), k, _meta((t, e), fp32), 0.5)
     for t, k, ids, weights in ((16, 8, i64, fp32), (64, 6, i32, bf16), (8192, 8, i64, fp16)):
         yield f"T={t} K={k}", fold_masked, (_meta((t, k), weights), _meta((t, k), ids))
     for name, e, k, h, i in (("Qwen3-30B-A3B", 128, 8, 2048, 768), ("DeepSeek-V2-Lite", 64, 6, 2048, 1408)):
@@ -181,9 +201,21 @@ def _experts(t: int, k: int, dtype: torch.dtype, *weights: Tensor, width: int | 
     return hidden, *weights, _meta((t, k), torch.float32), _meta((t, k), torch.int64)
 
 
+def _all_launches() -> Iterator[tuple[str, Launch]]:
+    for shape, module, args in _calls():
+        yield from ((shape, launch) for launch in recorded_launches(module, *args))
+    weights = _meta((128, 1536, 2048), torch.bfloat16), _meta((128, 2048, 768), torch.bfloat16)
+    for launches in ("four", "two"):  # what the rules do not choose for a small batch, and a table may
+        rules = fused_experts.config_by_rules(4, fused_experts.Layer(8, 128, 2048, 768, "bfloat16"))
+        config = dataclasses.replace(rules, by_pick=launches == "two", sum_in_down=launches == "two")
+        with mock.patch.object(fused_experts, "choose_config", return_value=config):
+            for launch in recorded_launches(fused_experts, *_experts(4, 8, torch.bfloat16, *weights)):
+                yield f"Qwen3-30B-A3B in {launches} launches T=4", launch
+
+
 def aot_report(show_progress: bool = False) -> list[Compiled]:
     """Compile every kernel of ``moe_fx.kernels`` for sm_90 at representative shapes and dtypes."""
-    launches = [(shape, launch) for shape, module, args in _calls() for launch in recorded_launches(module, *args)]
+    launches = list(_all_launches())
     shown = track(launches, "compiling", transient=True) if show_progress else launches
     return [compile_launch(launch, shape) for shape, launch in shown]
 

@@ -1,10 +1,12 @@
-"""The experts of one layer: ``fused_experts`` beside transformers' own under Inductor, with picks moved and switched off.
+"""One layer of experts: transformers' own under Inductor, the same through moe_sparse, and ``fused_experts`` by itself.
 
     python -m benchmarks.experts_layer [--threads 2] [--out FOLDER]
 
-Random weights, four layers of them in turn, which together are larger than any cache.  Every round measures every
-configuration once, and a copy of memory, so that a busy moment of the machine slows all of them.  A row is written only
-for what first equals the reference.
+Random weights, four layers of them in turn.  Every round measures every configuration once, and a copy of memory, so that
+a busy moment of the machine slows all of them; before each, memory is read, so that none finds its weights in the cache or
+waits for what the one before has written.  "layer" rows are whole layers with their router, compiled.  "fused_experts" rows
+are the op alone, with the router's picks, and with picks moved and switched off.  A row is written only for what first
+equals the reference.
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from transformers import Qwen3MoeConfig
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 import moe_fx.ops  # noqa: F401  (registers the op)
 from benchmarks.measure import RESULTS, available_cores, median_ratio, spread, write_csv
 from moe_fx.kernels import reference
-from moe_fx.testing import random_routing, random_similarity
+from moe_fx.testing import random_similarity
 
 Row = dict[str, object]
 Say = Callable[[str], None]
@@ -61,7 +63,7 @@ class Shape:
 
 _GPU_BATCHES = (1, 4, 16, 64, 256, 1024, 8192)
 SHAPES = {
-    "cpu": (Shape("decode_600m", 64, 8, 1024, 512, (1, 4, 16, 32, 64, 512)),),
+    "cpu": (Shape("decode_600m", 64, 8, 1024, 512, (1, 2, 4, 8, 16, 24, 32, 48, 64, 512)),),
     "cuda": (
         Shape("Qwen3-30B-A3B", 128, 8, 2048, 768, _GPU_BATCHES),
         Shape("DeepSeek-V2-Lite", 64, 6, 2048, 1408, _GPU_BATCHES),
@@ -101,72 +103,75 @@ def run(say: Say) -> list[Row]:
     rows: list[Row] = []
     with torch.inference_mode():
         for shape in SHAPES[device]:
-            experts = [random_experts(shape, device, seed) for seed in range(LAYERS)]
+            experts = [random_layer(shape, device, seed) for seed in range(LAYERS)]
             for num_tokens in shape.batches:
                 say(f"{shape.model}, {num_tokens} tokens")
                 rows += measure(shape, experts, num_tokens, device)
     return rows
 
 
-def random_experts(shape: Shape, device: str, seed: int) -> Qwen3MoeExperts:
+def random_layer(shape: Shape, device: str, seed: int) -> Qwen3MoeSparseMoeBlock:
     """transformers' module with weights that keep the size of activations."""
     config = Qwen3MoeConfig(
-        hidden_size=shape.hidden, moe_intermediate_size=shape.intermediate, num_experts=shape.experts, hidden_act="silu"
-    )
+        hidden_size=shape.hidden, moe_intermediate_size=shape.intermediate, num_experts=shape.experts, hidden_act="silu",
+        num_experts_per_tok=shape.top_k, norm_topk_prob=True,
+    )  # fmt: skip
     with torch.device(device):
-        experts = Qwen3MoeExperts(config).to(torch.bfloat16).requires_grad_(False)
+        layer = Qwen3MoeSparseMoeBlock(config).to(torch.bfloat16).requires_grad_(False).eval()
     generator = torch.Generator(device).manual_seed(seed)
-    experts.gate_up_proj.normal_(std=shape.hidden**-0.5, generator=generator)
-    experts.down_proj.normal_(std=shape.intermediate**-0.5, generator=generator)
-    return experts
+    for weight in (layer.gate.weight, layer.experts.gate_up_proj, layer.experts.down_proj):
+        weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
+    return layer
 
 
-def routings(shape: Shape, num_tokens: int, device: str) -> dict[str, list[Picks]]:
-    """The picks of every layer: all of them, moved by SERE, and with shares of them off as BEAM leaves them."""
+def routings(shape: Shape, layers: Sequence[Any], hidden: Tensor) -> dict[str, list[Picks]]:
+    """The picks of every layer: its router's, the same moved by SERE, and with shares of them off as BEAM leaves them."""
+    top_k = [layer.gate(hidden)[1:] for layer in layers]
 
-    def of_layers(make: Callable[[int], Picks]) -> list[Picks]:
-        return [(weights.to(device), ids.to(device)) for weights, ids in map(make, range(LAYERS))]
-
-    def top_k(seed: int, off: float = 0.0) -> Picks:
-        weights, ids = random_routing(num_tokens, shape.top_k, shape.experts, seed, off=off)
-        return weights / weights.sum(1, keepdim=True), ids
+    def off(share: float) -> list[Picks]:
+        generator = torch.Generator().manual_seed(0)
+        kept = [torch.rand(ids.shape, generator=generator).to(ids.device) >= share for _, ids in top_k]
+        return [(weights, ids.masked_fill(~on, -1)) for (weights, ids), on in zip(top_k, kept, strict=True)]
 
     def sere(seed: int) -> Picks:
-        weights, ids = top_k(seed)
-        return weights, reference.sere_reroute(ids, random_similarity(shape.experts, seed), 1, 0.0)
+        weights, ids = top_k[seed]
+        similarity = random_similarity(shape.experts, seed).to(ids.device)
+        return weights, reference.sere_reroute(ids, similarity, 1, 0.0)
 
-    shares = {f"BEAM, {off:.0%} off": of_layers(partial(top_k, off=off)) for off in (0.5, 0.75, 0.9)}
-    return {"top-K": of_layers(top_k), "SERE S=1": of_layers(sere), **shares}
+    shares = {f"BEAM, {share:.0%} off": off(share) for share in (0.5, 0.75, 0.9)}
+    return {"top-K": top_k, "SERE S=1": [sere(seed) for seed in range(LAYERS)], **shares}
 
 
-def by_transformers(implementation: str) -> Callable[..., Tensor]:
-    """transformers' own experts under Inductor."""
+def by_layer(backend: str, implementation: str) -> Callable[..., Tensor]:
+    """The whole layer, its experts as transformers implements them, compiled by a backend."""
 
-    def forward(experts: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return experts(hidden, ids, weights)
+    def forward(layer: Any, hidden: Tensor) -> Tensor:
+        return layer(hidden)
 
-    compiled = torch.compile(forward, dynamic=False)
+    compiled = torch.compile(forward, dynamic=False, backend=backend)
 
-    def call(experts: Any, *args: Tensor) -> Tensor:
-        experts.config._experts_implementation = implementation
-        return compiled(experts, *args)
+    def call(layer: Any, hidden: Tensor, *_: Tensor) -> Tensor:
+        layer.experts.config._experts_implementation = implementation
+        return compiled(layer, hidden[None])[0]
 
     return call
 
 
-def by_op(experts: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+def by_op(layer: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    experts = layer.experts
     return torch.ops.moe_fx.fused_experts(hidden, experts.gate_up_proj, experts.down_proj, weights, ids)
 
 
 def measure(shape: Shape, experts: Sequence[Any], num_tokens: int, device: str) -> list[Row]:
     """Gate, then time in turns.  The first candidate is the baseline."""
     torch._dynamo.reset()
-    picks = routings(shape, num_tokens, device)
-    candidates = [Candidate("transformers grouped_mm, Inductor", by_transformers("grouped_mm"), picks["top-K"])]
-    if num_tokens <= BATCHED_MM_TOKENS:
-        candidates += [Candidate("transformers batched_mm, Inductor", by_transformers("batched_mm"), picks["top-K"])]
-    candidates += [Candidate(f"fused_experts, {name}", by_op, routing) for name, routing in picks.items()]
     hidden = torch.randn(num_tokens, shape.hidden, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    picks = routings(shape, experts, hidden)
+    candidates = [Candidate("layer, grouped_mm, Inductor", by_layer("inductor", "grouped_mm"), picks["top-K"])]
+    if num_tokens <= BATCHED_MM_TOKENS:
+        candidates += [Candidate("layer, batched_mm, Inductor", by_layer("inductor", "batched_mm"), picks["top-K"])]
+    candidates += [Candidate("layer, moe_sparse", by_layer("moe_sparse", "grouped_mm"), picks["top-K"])]
+    candidates += [Candidate(f"fused_experts, {name}", by_op, routing) for name, routing in picks.items()]
     gate(candidates, experts, hidden)
     copies = take_turns(candidates, experts, hidden, device)
     return [result_row(c, candidates, shape, num_tokens, copies) for c in candidates]
@@ -177,7 +182,8 @@ def gate(candidates: Sequence[Candidate], experts: Sequence[Any], hidden: Tensor
     for candidate in candidates:
         for turn, layer in enumerate(experts):
             weights, ids = candidate.picks[turn]
-            expected = reference.fused_experts(hidden, layer.gate_up_proj, layer.down_proj, weights, ids).double()
+            parameters = layer.experts.gate_up_proj, layer.experts.down_proj
+            expected = reference.fused_experts(hidden, *parameters, weights, ids).double()
             got = candidate(experts, hidden, turn).double()
             difference = float((got - expected).norm() / expected.norm().clamp(min=1e-9))
             candidate.error = max(candidate.error, difference)
@@ -219,8 +225,10 @@ def take_turns(candidates: Sequence[Candidate], experts: Sequence[Any], hidden: 
     copies = []
     for turn in range(-LAYERS, ROUNDS):
         copy_seconds = seconds_of(lambda: target.copy_(source), device)
-        # Neighbours take different layers: no one finds in the cache what the one before has read.
-        seconds = [seconds_of(ways[(turn + index) % LAYERS], device) for index, ways in enumerate(calls)]
+        seconds = []
+        for index, ways in enumerate(calls):
+            source.sum()
+            seconds.append(seconds_of(ways[(turn + index) % LAYERS], device))
         if turn >= 0:  # the rounds before warm up
             copies.append(2 * _COPY_BYTES[device] / copy_seconds)
             for candidate, value in zip(candidates, seconds, strict=True):
@@ -244,6 +252,7 @@ def result_row(
         "spread": round(spread(candidate.seconds), 3),
         "ratio_to_grouped_mm": round(median_ratio(candidates[0].seconds, candidate.seconds), 3),
         "ratio_to_fused_top_k": round(median_ratio(full.seconds, candidate.seconds), 3),
+        "share_of_fused_top_k_time": round(1 / median_ratio(full.seconds, candidate.seconds), 3),
         "relative_error": round(candidate.error, 5),
         "expert_megabytes": round(expert_bytes / 1e6, 1),
         "copy_gigabytes_per_second": round(bandwidth / 1e9, 1),
@@ -263,7 +272,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.cuda.get_device_name().lower().replace(" ", "-") if torch.cuda.is_available() else "cpu"
     path = options.out / f"experts_layer_{device}.csv"
     write_csv(path, rows)
-    shown = ("tokens", "configuration", "milliseconds", "ratio_to_grouped_mm", "ratio_to_fused_top_k", "share_of_copy_bandwidth")
+    ratios = "ratio_to_grouped_mm", "share_of_fused_top_k_time", "share_of_copy_bandwidth"
+    shown = ("tokens", "configuration", "milliseconds", *ratios)
     for row in rows:
         console.print("  ".join(f"{row[name]!s:>{36 if name == 'configuration' else 8}}" for name in shown), highlight=False)
     console.print(f"({', '.join(shown)})\nWritten: {path}", highlight=False)

@@ -23,5 +23,8 @@ BENCHMARKS = {
     "decode": Benchmark(
         "decode steps of a 600 M-parameter model: Inductor alone, exact top-K, SERE", "benchmarks.decode", "run"
     ),
+    "experts_layer": Benchmark(
+        "one layer of experts: transformers' own, moe_sparse, picks moved and off", "benchmarks.experts_layer", "run"
+    ),
     "compile": Benchmark("share of the passes in the time of a first compilation", "benchmarks.decode", "run_compile"),
 }

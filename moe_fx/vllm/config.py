@@ -1,0 +1,212 @@
+"""The ``moe_fx`` entry of vLLM's ``additional_config``: what it may hold, and how it reaches vLLM's compiler.
+
+    {"moe_fx": {"policy": {"name": "sere", "artifact": "model.moe.safetensors", "primary": 2}, "stats": false}}
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import moe_fx
+from moe_fx.policy import BEAM, Policy, TopK, from_config
+from moe_fx.vllm import metrics
+
+KEY = "moe_fx"
+OLDEST, NEWEST = (0, 26), (0, 32)  # the minor versions of vLLM whose sources this package was written against
+PASS_KEY = "post_grad_custom_post_pass"
+
+#: Every key of the entry and what it may be.  The last two are added by ``prepare``.
+OPTIONS = {
+    "policy": "a policy, a dict such as {'name': 'sere', 'artifact': 'model.moe.safetensors', 'primary': 2}, or a list of those",
+    "stats": "true or false: whether to count active experts while the engine runs",
+    "digest": "set by moe_fx itself: of policies and artifacts",
+    "source": "set by moe_fx itself: of the code that rewrites graphs",
+}
+
+
+class VllmError(RuntimeError):
+    """moe_fx cannot do in vLLM what was asked for; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What the user asked for: policies in the order in which they apply, and whether active experts are counted."""
+
+    policies: tuple[Policy, ...]
+    stats: bool
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the routing is left alone and not even looked at."""
+        return not self.stats and all(isinstance(p, TopK) for p in self.policies)
+
+    @property
+    def switches_off(self) -> bool:
+        """Whether a policy can leave picks that are off."""
+        return any(isinstance(p, BEAM) for p in self.policies)
+
+    @property
+    def digest(self) -> str:
+        """Hex sha256 over the policies and their artifacts."""
+        return hashlib.sha256(json.dumps([p.digest for p in self.policies]).encode()).hexdigest()
+
+    def without_artifacts(self) -> tuple[Policy, ...]:
+        """The policies' settings alone, small enough to travel to every process."""
+        artifact: dict[str, Any] = {"artifact": None}
+        return tuple(replace(p, **artifact) if _has_artifact(p) else p for p in self.policies)
+
+
+def _has_artifact(policy: Policy) -> bool:
+    return any(field.name == "artifact" for field in fields(policy))
+
+
+def source_digest() -> str:
+    """Hex sha256 over the source of all that rewrites graphs here."""
+    content = hashlib.sha256()
+    for folder in moe_fx.__path__:
+        for name in ("vllm", "passes"):
+            for file in sorted((Path(folder) / name).glob("*.py")):
+                content.update(file.read_bytes())
+    return content.hexdigest()
+
+
+def entry_of(vllm_config: Any) -> dict[str, Any] | None:
+    """Our entry in a ``VllmConfig``; None where there is none, or where ``additional_config`` is no dict."""
+    additional = vllm_config.additional_config
+    return additional.get(KEY) if isinstance(additional, dict) else None
+
+
+def parse(entry: object) -> EngineSettings:
+    """Read our entry.
+
+    Raises:
+        VllmError: it is no mapping, has an unknown key, or ``stats`` is no bool.
+        PolicyError, ArtifactError: the policy or its artifact cannot be used.
+    """
+    if not isinstance(entry, Mapping):
+        raise VllmError(f"additional_config['{KEY}'] is {entry!r}, expected a mapping such as {{'policy': {{'name': 'sere'}}}}")
+    for key in entry:
+        if key not in OPTIONS:
+            near = difflib.get_close_matches(str(key), OPTIONS, n=1)
+            hint = f" (did you mean '{near[0]}'?)" if near else ""
+            raise VllmError(f"additional_config['{KEY}'] has no option '{key}'{hint}: it has policy, stats")
+    stats = entry.get("stats", False)
+    if not isinstance(stats, bool):
+        raise VllmError(f"additional_config['{KEY}']['stats'] is {stats!r}, expected {OPTIONS['stats']}")
+    policies = from_config(entry.get("policy"))
+    for policy in policies:
+        if isinstance(policy, BEAM) and policy.train:
+            raise VllmError("BEAM(train=True) cannot train inside vLLM: train with torch.compile, then serve with train=False")
+        if _has_artifact(policy) and getattr(policy, "artifact", None) is None and not isinstance(policy, TopK):
+            raise VllmError(f"policy '{policy.name}' needs an artifact inside vLLM: add 'artifact': 'model.moe.safetensors'")
+    return EngineSettings(policies, stats)
+
+
+def check_version() -> None:
+    """Raises VllmError where the installed vLLM is outside the supported range."""
+    version = importlib.import_module("vllm").__version__
+    parts = version.split(".")[:2]
+    minor = tuple(int(p) for p in parts) if all(p.isdigit() for p in parts) else None
+    if minor is None or not OLDEST <= minor <= NEWEST:
+        low, high = (".".join(map(str, v)) for v in (OLDEST, NEWEST))
+        raise VllmError(
+            f"moe_fx {moe_fx.__version__} supports vLLM {low} to {high}, but vLLM {version} is installed: install one of "
+            f"those, or remove '{KEY}' from additional_config"
+        )
+
+
+def engine_args(policy: object = None, *, stats: bool = False) -> dict[str, Any]:
+    """Keyword arguments for ``vllm.LLM`` and ``AsyncEngineArgs`` that apply a policy: ``LLM(model, **engine_args(policy=...))``.
+
+    Args:
+        policy: what ``torch.compile``'s option ``policy`` takes.  vLLM's processes read artifacts from files, so one that
+            exists only in memory is written to a file in the temporary directory, named after its digest.
+        stats: whether active experts are counted; read them with ``moe_fx.vllm.stats()`` or on vLLM's ``/metrics``.
+
+    Raises:
+        VllmError, PolicyError, ArtifactError: it cannot be used inside vLLM.
+    """
+    settings = parse({"policy": policy, "stats": stats})
+    entry = {"policy": [_as_config(p) for p in settings.policies], "stats": settings.stats}
+    return {"additional_config": {KEY: entry}}
+
+
+def _as_config(policy: Policy) -> dict[str, Any]:
+    """A policy as JSON, its artifact as the absolute path of a file."""
+    config: dict[str, Any] = {"name": policy.name}
+    config |= {f.name: getattr(policy, f.name) for f in fields(policy)}
+    artifact = config.get("artifact")
+    if artifact is not None:
+        path = Path(tempfile.gettempdir()) / f"moe_fx-{os.getuid()}-{artifact.digest[:32]}.moe.safetensors"
+        config["artifact"] = str(artifact.save(path).resolve())
+    return config
+
+
+def prepare(vllm_config: Any) -> EngineSettings | None:
+    """Put our pass into a ``VllmConfig``, behind any pass that is there.  Does it once; None where nothing is asked for.
+
+    Digests of all that the rewritten graph depends on go into ``additional_config``, which is part of the key under which
+    vLLM keeps compiled graphs.
+
+    Raises:
+        VllmError, PolicyError, ArtifactError: what was asked for cannot be had.
+    """
+    entry = entry_of(vllm_config)
+    if entry is None:
+        return None
+    check_version()
+    settings = parse(entry)
+    if settings.changes_nothing:
+        return None
+    digest = settings.digest
+    if entry.get("digest") not in (None, digest):
+        raise VllmError("the policy's artifact changed while the engine was starting: start it again")
+    _check_compiles(vllm_config)
+    _check_place(entry, vllm_config)
+    if settings.stats:
+        metrics.collect_here()
+    from moe_fx.vllm.graph_pass import RoutingPass
+
+    options = vllm_config.compilation_config.inductor_compile_config
+    if not isinstance(options.get(PASS_KEY), RoutingPass):
+        source = source_digest()
+        options[PASS_KEY] = RoutingPass(digest + source, settings.without_artifacts(), before=options.get(PASS_KEY))
+        # a copy: the dict may be the caller's own
+        vllm_config.additional_config = {**vllm_config.additional_config, KEY: {**entry, "digest": digest, "source": source}}
+    return settings
+
+
+def _check_compiles(vllm_config: Any) -> None:
+    """Raises VllmError where vLLM would run the model without compiling it, so that no pass would see it."""
+    compilation = vllm_config.compilation_config
+    if vllm_config.model_config is not None and vllm_config.model_config.enforce_eager:
+        raise VllmError("moe_fx rewrites compiled graphs, and enforce_eager compiles none: leave enforce_eager out")
+    if getattr(compilation.mode, "name", None) in ("NONE", "STOCK_TORCH_COMPILE") or compilation.backend not in ("", "inductor"):
+        raise VllmError(
+            f"moe_fx rewrites graphs that vLLM compiles with Inductor, but the compilation mode is {compilation.mode!r} and the "
+            f"backend '{compilation.backend}': leave both at their defaults"
+        )
+
+
+def _check_place(entry: Mapping[str, Any], vllm_config: Any) -> None:
+    """Raises VllmError where vLLM would take an artifact for a file of the model's weights."""
+    policies = entry.get("policy")
+    model = Path(vllm_config.model_config.model) if vllm_config.model_config is not None else None
+    for policy in policies if isinstance(policies, (list, tuple)) else [policies]:
+        artifact = policy.get("artifact") if isinstance(policy, Mapping) else None
+        if not isinstance(artifact, str) or model is None or (model / "model.safetensors.index.json").exists():
+            continue
+        if Path(artifact).resolve().parent == model.resolve():
+            raise VllmError(
+                f"the artifact {artifact} lies in the model's folder, where vLLM takes every .safetensors file for weights: "
+                "move it to another folder"
+            )

@@ -1,0 +1,119 @@
+"""The pass inside vLLM's compiler: it puts a layer's policies on every routing decision of a post-grad graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import Node
+from vllm.compilation.passes.inductor_pass import InductorPass
+from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
+
+from moe_fx.passes import graph as g
+from moe_fx.passes.find_sites import Routing, find_sites
+from moe_fx.passes.reroute import Decision, reroute
+from moe_fx.policy import Policy
+from moe_fx.vllm import ops
+from moe_fx.vllm.names import block_name
+
+# one of vLLM's own loggers, so that its level and format apply
+logger = init_logger("vllm.moe_fx")
+
+
+class RoutingPass(InductorPass):
+    """Rewrites routing in the open and in the opaque form; any pass that was there before runs first.
+
+    Args:
+        digest: of all that the rewritten graph depends on.
+        policies: their settings, without artifacts: those are looked up while the graph runs.
+        before: a pass of the user's.
+    """
+
+    def __init__(self, digest: str, policies: tuple[Policy, ...], before: Any = None) -> None:
+        self.digest = digest
+        self.policies = policies
+        self.before = before
+        self._runs_before = True
+
+    def uuid(self) -> str:
+        """Under which Inductor and vLLM cache what was compiled with this pass."""
+        before = self.before.uuid() if self.before is not None else None
+        return self.hash_dict({"moe_fx": self.digest, "before": str(before)})
+
+    def is_applicable_for_range(self, compile_range: Any) -> bool:
+        """Always; remembers whether ``before`` is."""
+        asked = getattr(self.before, "is_applicable_for_range", None)
+        self._runs_before = asked is None or asked(compile_range)
+        return True
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Rewrite a graph in place."""
+        if self.before is not None and self._runs_before:
+            self.before(graph)
+        opaque = [n for n in graph.nodes if n.op == "call_function" and ops.with_policy(g.called(n)) is not None]
+        for node in opaque:
+            use_our_op(node)
+        rewritten = self._rewrite_open(graph)
+        if opaque or rewritten:
+            graph.lint()
+            policy = " + ".join(p.describe() for p in self.policies)
+            shared = f" and {len(opaque)} calls of vLLM's MoE op" if opaque else ""
+            logger.info("moe_fx: %s on %d routing sites%s of a compiled graph", policy, len(rewritten), shared)
+
+    def _rewrite_open(self, graph: fx.Graph) -> list[str]:
+        """Put ``route_layer`` on every cut; the engine's names of the layers."""
+        layers = _layer_names()
+        routings, skips = find_sites(graph.owning_module)
+        done = []
+        for routing in routings:
+            name = _layer_of(routing, layers)
+            reason = "it is no MoE layer of the engine's" if name is None else self._rewrite(graph, routing, name)
+            if reason is None:
+                done.append(name)
+            else:
+                logger.warning("moe_fx left %s alone: %s", routing.site.name, reason)
+        for skip in skips:
+            if skip.routing:
+                logger.warning("moe_fx left %s alone: %s", skip.name, skip.reason)
+        return done  # type: ignore[return-value]
+
+    def _rewrite(self, graph: fx.Graph, routing: Routing, layer: str) -> str | None:
+        def apply(graph: fx.Graph, decision: Decision) -> Decision:
+            if not decision.weights:
+                ids = g.call(graph, torch.ops.moe_fx.route_layer_ids.default, decision.ids, layer)
+                return Decision(ids, ())
+            (weights,) = decision.weights
+            args = (weights, decision.ids, routing.router.hidden, layer)
+            new_weights, new_ids = g.call_pair(graph, torch.ops.moe_fx.route_layer.default, *args)
+            return Decision(new_ids, (new_weights,))
+
+        if any(p.switches_off for p in self.policies) and len({e.node for e in routing.cut.weights}) != 1:
+            return "its weights leave the router in several forms"
+        no_tensors: Any = None  # they are looked up while the graph runs
+        return reroute(graph.owning_module, routing, self.policies, no_tensors, apply=apply)
+
+
+def use_our_op(node: Node) -> None:
+    """Have a call of one of vLLM's MoE ops call ours, which has the same schema."""
+    ours: Any = ops.with_policy(g.called(node))
+    if ours is None:
+        return
+    if g.called(node) is node.target:
+        node.target = ours
+    else:
+        node.args = (ours, *node.args[1:])
+
+
+def _layer_names() -> list[str]:
+    """The engine's MoE layers.  A model is compiled by its first forward, so there is a context."""
+    layers = get_forward_context().no_compile_layers
+    return [name for name, layer in layers.items() if hasattr(layer, ops.ATTRIBUTE)]
+
+
+def _layer_of(routing: Routing, layers: list[str]) -> str | None:
+    """The engine's layer whose routing this is: the compiled module's paths are the ends of the engine's names."""
+    site = block_name(routing.site.name)
+    found = [layer for layer in layers if f".{block_name(layer)}".endswith(f".{site}")]
+    return found[0] if len(found) == 1 else None

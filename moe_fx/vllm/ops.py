@@ -1,0 +1,225 @@
+"""What runs inside vLLM's compiled graphs: a layer's policies, looked up by the layer's name at every call.
+
+Nothing of a policy is baked into a compiled graph.  In the *open* form routing stands in the graph, and
+``moe_fx::route_layer`` is put on its cut; in the *opaque* form it is inside ``vllm::moe_forward``, and
+``moe_fx::moe_forward`` runs the same layer with its router's result rerouted.  Both end in ``route``.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.fused_moe.runner import moe_runner
+
+import moe_fx.ops  # noqa: F401  (defines the ops that are called here)
+from moe_fx.policy import BEAM, SERE, Policy
+from moe_fx.vllm.padding import valid_tokens
+
+#: The attribute of a layer (a ``MoERunner``) that holds its ``LayerPolicy``.
+ATTRIBUTE = "moe_fx_policy"
+
+MoEForward = Callable[..., Any]
+
+
+@dataclass(eq=False)
+class LayerPolicy:
+    """What is done to the routing of one layer.
+
+    Attributes:
+        layer: the engine's name of the layer.
+        policies: in the order in which they apply.
+        tensors: the artifact tensor of each policy, float32, on the layer's device; None for a policy that reads none.
+        num_experts: E.
+        sere: S and the threshold of SERE at this layer.
+        totals: [4] int64: forwards, distinct experts before and after, picks switched off; None where nothing is counted.
+        ran: whether the policies were applied at least once.
+    """
+
+    layer: str
+    policies: tuple[Policy, ...]
+    tensors: tuple[Tensor | None, ...]
+    num_experts: int
+    sere: tuple[int, float] = (1, 0.0)
+    totals: Tensor | None = None
+    ran: bool = False
+
+
+def route(
+    layer: LayerPolicy, topk_weights: Tensor | None, topk_ids: Tensor, hidden: Tensor | None
+) -> tuple[Tensor | None, Tensor]:
+    """Apply a layer's policies to a routing decision whose best picks come first.
+
+    Off picks are folded: no kernel of vLLM is known to take id -1 in all its forms, and its CPU kernel corrupts memory.
+
+    Args:
+        topk_weights: [T, K]; may be None where no policy switches picks off.
+        topk_ids: [T, K], logical expert ids.
+        hidden: [T, H], the router's input; may be None where no policy reads it.
+
+    Returns:
+        Weights and ids; the ids are a new tensor.
+    """
+    layer.ran = True
+    ids = topk_ids if topk_ids.dtype in (torch.int32, torch.int64) else topk_ids.to(torch.int32)
+    valid = valid_tokens(ids.shape[0], ids.device)
+    before, may_be_off = ids, False
+    for policy, tensor in zip(layer.policies, layer.tensors, strict=True):
+        if isinstance(policy, SERE):
+            ids = torch.ops.moe_fx.sere_reroute(ids, tensor, *layer.sere, valid, policy.max_tokens)
+        elif isinstance(policy, BEAM):
+            assert hidden is not None
+            assert tensor is not None
+            logits = hidden[:, : tensor.shape[1]].float() @ tensor.T  # the engine may have padded the width
+            topk_weights, ids = torch.ops.moe_fx.beam_mask(topk_weights, ids, logits, policy.tau)
+            may_be_off = True
+    if layer.totals is not None:
+        _count(layer.totals, before, ids, valid, layer.num_experts)
+    if may_be_off:
+        topk_weights, ids = torch.ops.moe_fx.fold_masked(topk_weights, ids)
+    ids = ids.to(topk_ids.dtype)
+    return topk_weights, ids.clone() if ids is topk_ids else ids
+
+
+def _count(totals: Tensor, before: Tensor, after: Tensor, valid: Tensor | None, num_experts: int) -> None:
+    """Add a forward's distinct experts and off picks.  Padding does not count, nor a forward of nothing else."""
+    steps = torch.ones((), dtype=torch.int64, device=totals.device)
+    if valid is not None:
+        is_real = valid if valid.dtype == torch.bool else torch.arange(len(before), device=before.device) < valid
+        steps = is_real.any().long()
+        before, after = (torch.where(is_real[:, None], ids, num_experts) for ids in (before, after))
+    active = [torch.ops.moe_fx.count_active(ids, num_experts) for ids in (before, after)]
+    totals.add_(torch.stack([steps, *active, (after < 0).sum()]))
+
+
+# ---------------------------------------------------------------------------------------------------- open form
+
+
+def _policy_of(name: str) -> LayerPolicy:
+    return getattr(get_forward_context().no_compile_layers[name], ATTRIBUTE)
+
+
+def route_layer(topk_weights: Tensor, topk_ids: Tensor, hidden: Tensor, layer: str) -> tuple[Tensor, Tensor]:
+    """``route`` for the layer of that name: new weights and ids, [T, K] each."""
+    weights, ids = route(_policy_of(layer), topk_weights, topk_ids, hidden)
+    return topk_weights.clone() if weights is None or weights is topk_weights else weights, ids
+
+
+def route_layer_ids(topk_ids: Tensor, layer: str) -> Tensor:
+    """``route`` where no policy reads weights or hidden states: new ids [T, K]."""
+    return route(_policy_of(layer), None, topk_ids, None)[1]
+
+
+# -------------------------------------------------------------------------------------------------- opaque form
+
+
+class _Active(threading.local):
+    """The layer whose call through our op is running: two micro-batches run in two threads."""
+
+    layer: Any = None
+
+
+_active = _Active()
+
+
+def arm(layer: Any) -> None:
+    """Have the layer's router reroute its logical ids, from which vLLM's expert placement then maps, while our op runs it."""
+    router = layer.router
+    if "_compute_routing" in vars(router):
+        return
+    compute = router._compute_routing
+
+    @functools.wraps(compute)
+    def compute_routing(hidden_states: Tensor, router_logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        weights, ids = compute(hidden_states, router_logits, *args, **kwargs)
+        if _active.layer is not layer:
+            return weights, ids
+        policy = getattr(layer, ATTRIBUTE)
+        if any(p.needs_order for p in policy.policies):
+            weights, ids = best_first(router, router_logits, weights, ids)
+        return route(policy, weights, ids, hidden_states)  # type: ignore[return-value]
+
+    router._compute_routing = compute_routing
+
+
+def best_first(router: Any, router_logits: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The picks in descending order of the score by which the router selected them.
+
+    A custom routing function's score is not known: its picks stay in the order in which it returns them.
+    """
+    if getattr(router, "custom_routing_function", None) is not None or type(router).__name__ == "FusedTopKRouter":
+        return topk_weights, topk_ids  # the fused kernel picks one after the other
+    num_experts = router_logits.shape[1]
+    is_expert = (topk_ids >= 0) & (topk_ids < num_experts)
+    index = torch.where(is_expert, topk_ids, 0).long()
+    score = router_logits.gather(1, index).float()
+    bias = getattr(router, "e_score_correction_bias", None)
+    if bias is not None:
+        score = _SCORING[router.scoring_func](router_logits.float()).gather(1, index) + bias.float()[index]
+    order = score.masked_fill(~is_expert, float("-inf")).argsort(dim=1, descending=True, stable=True)
+    return topk_weights.gather(1, order), topk_ids.gather(1, order)
+
+
+_SCORING: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda logits: torch.nn.functional.softplus(logits).sqrt(),
+}
+
+
+def _rerouting(forward: MoEForward) -> MoEForward:
+    """vLLM's op body, run with the layer's router rerouted."""
+
+    def moe_forward(*args: Any) -> Any:
+        (name,) = (a for a in args if isinstance(a, (str, moe_runner.LayerName)))
+        layer = moe_runner.get_layer_from_name(moe_runner._resolve_layer_name(name))
+        _active.layer = layer
+        try:
+            return layer._forward_impl(*args[: args.index(name)])
+        finally:
+            _active.layer = None
+
+    return moe_forward
+
+
+def with_policy(op: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+    """Our op for one of vLLM's MoE ops; None for any other op."""
+    return _OURS.get(op)
+
+
+_OURS: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}
+_LIBRARY = torch.library.Library("moe_fx", "FRAGMENT")
+
+
+def _define(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any], tags: tuple[torch.Tag, ...]) -> None:
+    _LIBRARY.define(name + schema, tags=tags)
+    for device in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, function, device)
+    torch.library.register_fake(f"moe_fx::{name}", fake, lib=_LIBRARY)
+
+
+def _define_opaque(name: str, forward: MoEForward, fake: MoEForward) -> None:
+    """An op of ours with the very schema of vLLM's op of that name."""
+    theirs = getattr(torch.ops.vllm, name).default
+    written = [a.name for a in theirs._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    schema = torch.library.infer_schema(forward, mutates_args=written)
+    _define(name, schema, _rerouting(forward), fake, (torch.Tag.needs_fixed_stride_order,))
+    _OURS[theirs] = getattr(torch.ops.moe_fx, name).default
+
+
+if not hasattr(torch.ops.moe_fx, "route_layer"):
+    _PT2 = (torch.Tag.pt2_compliant_tag,)
+    _define(
+        "route_layer", "(Tensor topk_weights, Tensor topk_ids, Tensor hidden, str layer) -> (Tensor, Tensor)", route_layer,
+        lambda weights, ids, hidden, layer: (torch.empty_like(weights), torch.empty_like(ids)), _PT2,
+    )  # fmt: skip
+    _define("route_layer_ids", "(Tensor topk_ids, str layer) -> Tensor", route_layer_ids,
+            lambda ids, layer: torch.empty_like(ids), _PT2)  # fmt: skip
+    _define_opaque("moe_forward", moe_runner._moe_forward, moe_runner._moe_forward_fake)
+    _define_opaque("moe_forward_shared", moe_runner._moe_forward_shared, moe_runner._moe_forward_shared_fake)

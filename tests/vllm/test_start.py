@@ -1,0 +1,102 @@
+"""How an engine starts: what it takes from vLLM's compile cache, what it refuses, what else its user has put there."""
+
+import json
+import re
+
+import pytest
+import torch
+
+import moe_fx
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+LOADED, SAVED = "Directly load AOT compilation", "saved AOT compiled function"
+
+
+def artifact_of(folder, tmp_path, seed=0, **site):
+    """A copy of the model's artifact with something changed, at one path."""
+    given = moe_fx.Artifact.load(folder.with_suffix(".moe.safetensors"))
+    sites = {name: {**tensors, **site} for name, tensors in given.sites.items()}
+    return str(moe_fx.Artifact(sites).save(tmp_path / "changed.moe.safetensors"))
+
+
+def test_the_compile_cache_follows_the_policy(models, run_engine, tmp_path):
+    """The same settings load what was compiled; another threshold, or another artifact at the same path, does not."""
+    folder = models("qwen3_moe")
+    environment = {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}
+    sere = {"name": "sere", "artifact": artifact_of(folder, tmp_path), "primary": 1}
+
+    def start(policy):
+        return run_engine(folder, entry={"policy": policy}, environment=environment)
+
+    first, second, threshold = start(sere), start(sere), start({**sere, "threshold": 0.7})
+    generator = torch.Generator().manual_seed(9)
+    artifact_of(folder, tmp_path, similarity=torch.rand(16, 16, generator=generator))
+    artifact = start(sere)
+    assert [LOADED in r["log"] for r in (first, second, threshold, artifact)] == [False, True, False, False]
+    assert [SAVED in r["log"] for r in (first, second, threshold, artifact)] == [True, False, True, True]
+    assert first["started"] == second["started"]
+    assert len({json.dumps(r["started"]) for r in (first, threshold, artifact)}) == 3
+    assert "2 of 2 MoE layers run SERE(primary=1, threshold=0.0)" in second["log"]  # although nothing was rewritten in it
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"similarity": torch.eye(8)}, r"similarity for site 'model.layers.0.mlp' is \[8, 8\] but the router has 16 experts"),
+        ({"mask_router": torch.zeros(16, 32)}, "was made at hidden size 32 but the router's input has 64"),
+    ],
+)
+def test_an_artifact_of_another_model_stops_the_start(models, run_engine, tmp_path, change, message):
+    folder = models("qwen3_moe")
+    if "similarity" in change:
+        change["mask_router"] = torch.zeros(8, 64)
+    artifact = artifact_of(folder, tmp_path, **change)
+    log = run_engine(folder, entry={"policy": {"name": "sere", "artifact": artifact}}, fails=True)["log"]
+    assert re.search(message, log.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("entry", "engine", "message"),
+    [
+        ({"policy": {"name": "sere", "artifact": "/nowhere.safetensors"}}, {}, "/nowhere.safetensors"),
+        ({"policy": {"name": "smaller_k", "k": 2}}, {}, "does not run inside vLLM"),
+        ({"polcy": 1}, {}, "has no option 'polcy'"),
+        ({"policy": {"name": "sere", "artifact": "ARTIFACT"}}, {"enforce_eager": True}, "leave enforce_eager out"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_had_stops_the_start_with_one_line(models, run_engine, entry, engine, message):
+    folder = models("qwen3_moe")
+    text = json.dumps(entry).replace("ARTIFACT", str(folder.with_suffix(".moe.safetensors")))
+    log = run_engine(folder, entry=json.loads(text), engine=engine, fails=True)["log"]
+    assert re.search(message, log.strip().splitlines()[-1])
+
+
+def test_a_model_without_experts_starts_with_a_warning(models, run_engine):
+    folder = models("qwen3")
+    entry = {"policy": {"name": "sere", "artifact": str(folder.with_suffix(".moe.safetensors"))}}
+    result = run_engine(folder, entry=entry)
+    warnings = [line for line in result["log"].splitlines() if "moe_fx" in line and "WARNING" in line]
+    assert len(warnings) == 1
+    assert "the model has no mixture-of-experts layer, so the policy does nothing" in warnings[0]
+
+
+def test_a_pass_of_the_users_own_still_runs(models, run_engine):
+    folder = models("qwen3_moe")
+    entry = {"policy": {"name": "sere", "artifact": str(folder.with_suffix(".moe.safetensors"))}}
+    log = run_engine(folder, entry=entry, own_pass=True)["log"]
+    assert log.count("the user's own pass ran on 1 output") == 1
+    assert "2 of 2 MoE layers run" in log
+
+
+def test_two_ranks_route_alike(models, run_engine):
+    """Tensor parallelism: the same ids on both ranks, and one rank's tokens."""
+    folder = models("qwen3_moe")
+    artifact = str(folder.with_suffix(".moe.safetensors"))
+    entry = {"policy": [{"name": "beam", "artifact": artifact}, {"name": "sere", "artifact": artifact, "primary": 1}]}
+    alone = run_engine(folder, entry=entry)["started"]
+    two = run_engine(folder, entry=entry, engine={"tensor_parallel_size": 2}, watch=True)
+    first, second = two["saw"]
+    assert first == second
+    assert len(first) > 8
+    assert two["started"] == alone
