@@ -15,7 +15,7 @@ from moe_fx.owner import ModuleOwner, SiteOwner
 from moe_fx.passes.bind import Binder
 from moe_fx.passes.bodies import checkpointed_bodies, put_back
 from moe_fx.passes.check import check
-from moe_fx.passes.find_sites import SELECTIONS, Routing, find_sites
+from moe_fx.passes.find_sites import Routing, find_sites
 from moe_fx.passes.fuse_experts import recognise, runs_our_op
 from moe_fx.passes.fuse_routing import fuse_routing
 from moe_fx.passes.graph import fake, plain_name, qualified_op
@@ -23,6 +23,7 @@ from moe_fx.passes.mlp import Experts
 from moe_fx.passes.normalize import NormalizeError, normalize
 from moe_fx.passes.region import find_region
 from moe_fx.passes.reroute import reroute
+from moe_fx.passes.selection import SELECTIONS
 from moe_fx.policy import BEAM, Policy, TopK
 from moe_fx.report import Report
 from moe_fx.site import Layers, Site, Skip

@@ -27,6 +27,8 @@ RESHAPES = frozenset(
 CASTS = frozenset("to _to_copy convert_element_type type_as float half bfloat16 double long int".split())
 TRANSPOSES = frozenset("t transpose permute numpy_T mT".split())
 LAYOUT = RESHAPES | TRANSPOSES | {"expand"}
+#: Ops after which ids are the same ids in another layout or integer type.
+ID_WISE = LAYOUT | CASTS
 
 
 def op(node: object) -> str:
@@ -164,6 +166,11 @@ def module_path(node: Node) -> str | None:
         return None
     path, _ = list(stack.values())[-1]
     return normal_name(path)
+
+
+def parent(path: str, steps: int) -> str:
+    """A module path without its last names."""
+    return ".".join(path.split(".")[:-steps]) if path else ""
 
 
 def common_path(paths: Iterable[str]) -> str:

@@ -17,7 +17,8 @@ from torch.fx.node import Node
 import moe_fx.ops  # noqa: F401  (defines torch.ops.moe_fx)
 from moe_fx.passes import graph as g
 from moe_fx.passes.bind import Binder
-from moe_fx.passes.find_sites import Edge, Routing
+from moe_fx.passes.cut import Edge
+from moe_fx.passes.find_sites import Routing
 from moe_fx.passes.mlp import Experts
 from moe_fx.policy import BEAM, NAEE, OEA, SERE, Baseline, Drop, ExFold, Policy, SmallerK, StaticPrune, TopP
 

@@ -1,0 +1,327 @@
+"""Forward from a selection: where do ids and weights leave the router for the experts, and in what form?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx.node import Node
+
+from moe_fx.passes import graph as g
+from moe_fx.passes.graph import Weights, argument, is_float, is_integer, op, rank, same_shape, size
+from moe_fx.passes.proof import REACH, Proof, is_expert_stack, meets_experts
+from moe_fx.passes.router import SCORE_WISE, Router
+from moe_fx.passes.selection import Selection
+
+#: Ops that turn the weights of a token's picks into weights of the same picks.
+WEIGHT_WISE = SCORE_WISE - {"slice", "narrow", "chunk", "split", "split_with_sizes", "scatter"}
+#: Ops that reduce a token's weights to one number, to renormalise by.
+REDUCTIONS = frozenset("sum amax max norm linalg_vector_norm logsumexp mean cumsum".split())
+#: Ops after which an id is the id of something else.
+ARITHMETIC = frozenset(
+    "add sub rsub mul div floor_divide remainder fmod bitwise_and bitwise_or bitwise_xor masked_fill index_put".split()
+)
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A use of ``node`` by ``user``: a place where a value leaves the router."""
+
+    node: Node
+    user: Node
+
+
+@dataclass
+class Cut:
+    """Where routing leaves the router.
+
+    In pair form the experts read ids and weights ``[..., K]``; in dense form they read a matrix ``[..., E]`` that is
+    zero wherever an expert was not picked.  ``counts`` are read from matrices of ones at the picks, which are only added
+    up over the tokens: how many tokens each expert gets.
+    """
+
+    ids: list[Edge] = field(default_factory=list)
+    counts: list[Edge] = field(default_factory=list)
+    weights: list[Edge] = field(default_factory=list)
+    dense: list[Edge] = field(default_factory=list)
+
+
+def find_cut(selection: Selection, router: Router, weights: Weights) -> tuple[Cut | None, str]:
+    """The edges where ids and weights leave the router, or None and why no legal cut exists."""
+    cut = Cut()
+    weight_like: set[Node] = {selection.values} if selection.values is not None else set()
+    dense_like: dict[Node, str] = {}
+    reason = _follow_ids(selection.ids, router, weights, cut, weight_like, dense_like)
+    reason = reason or _follow_weights(selection, weight_like, dense_like, cut)
+    reason = reason or _follow_dense(router, dense_like, cut)
+    reason = reason or _looks_up_scores(selection, router, weights, cut)
+    if not reason and not (cut.ids or cut.dense):
+        reason = "its ids are not used outside the router"
+    if not reason and cut.ids and cut.dense:
+        reason = "its ids leave the router both as pairs and as a dense matrix"
+    return (None, reason) if reason else (cut, "")
+
+
+def _looks_up_scores(selection: Selection, router: Router, weights: Weights, cut: Cut) -> str:
+    """Scores read by what became of the ids, other than by ``gather``: weights that would change with the ids."""
+    scores, stack = {router.linear}, [router.linear]
+    while stack:
+        for user in stack.pop().users:
+            wide = op(user) in SCORE_WISE and is_float(user) and size(user, -1) == router.num_experts
+            if wide and user not in scores and (user < selection.node or user is selection.scores):
+                scores.add(user)
+                stack.append(user)
+    seen: set[Node] = set()
+    frontier = [e.user for e in cut.ids if e.user.op != "output"]
+    for _ in range(REACH):
+        reached = []
+        for node in frontier:
+            if node in seen or meets_experts(node, router, weights):
+                continue
+            seen.add(node)
+            if any(i in scores or (op(i) in g.LAYOUT and i.all_input_nodes[0] in scores) for i in node.all_input_nodes):
+                return f"its ids look scores up in a way that is not known ({op(node)}), so its weights would change with them"
+            if not is_float(node) or size(node, -1) in (router.num_experts, selection.k):
+                reached += [u for u in node.users if u.op == "call_function"]
+        if not reached:
+            break
+        frontier = reached
+    return ""
+
+
+def _follow_ids(
+    ids: Node, router: Router, weights: Weights, cut: Cut, weight_like: set[Node], dense_like: dict[Node, str]
+) -> str:
+    """Sort every use of the ids into: inside the router, a dense matrix of the router's, or the experts'."""
+    stack, seen = [ids], set()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        for user in node.users:
+            name = op(user)
+            if name in g.ID_WISE and user.args[0] is node and is_integer(user):
+                stack.append(user)
+            elif _gathers_score(user, node, router, weights) and _stays_a_weight(user, node):
+                weight_like.add(user)
+            elif name == "scatter" and _scatters_into_experts(user, node, router):
+                if _counts_tokens(user):
+                    cut.counts += [Edge(user, reader) for reader in user.users]
+                else:
+                    dense_like[user] = ""
+            elif name in ARITHMETIC:
+                return f"its ids are changed by arithmetic ({name}) before they select"
+            else:
+                cut.ids.append(Edge(node, user))
+            if _mutates(user, node):
+                return f"its ids are changed in place by {name}"
+    return ""
+
+
+def _stays_a_weight(looked_up: Node, ids: Node) -> bool:
+    """Whether a number looked up per pick is used as one: a scale of an expert's matrix is the experts' own."""
+    if op(looked_up) in ("gather", "take_along_dim"):
+        return True
+    return all(same_shape(user, ids) or op(user) in REDUCTIONS for user in looked_up.users)
+
+
+def _gathers_score(user: Node, ids: Node, router: Router, weights: Weights) -> bool:
+    """Whether a use of the ids only looks up a number per pick: a score, or a per-expert scale."""
+    name = op(user)
+    if name in ("gather", "take_along_dim"):
+        source = user.args[0]
+        return is_float(source) and rank(source) == rank(ids) and user.args[0] is not ids and source not in weights
+    if name == "index":
+        source, index = user.args[0], user.args[1]
+        return index == [ids] and rank(source) == 1 and is_float(source)
+    if name in ("index_select", "embedding"):
+        source = user.args[0]
+        return is_float(source) and rank(source) == 1
+    return False
+
+
+def _scatters_into_experts(user: Node, ids: Node, router: Router) -> bool:
+    """Whether ``scatter(base, -1, ids, ...)`` marks each token's picks in a row of all experts."""
+    dim, index = argument(user, "dim", 1), argument(user, "index", 2)
+    return index is ids and dim in (-1, rank(user) - 1) and size(user, -1) == router.num_experts and user.args[0] is not ids
+
+
+def _counts_tokens(scatter: Node) -> bool:
+    """Whether ones, scattered by the ids into zeros, are only added up over the tokens."""
+    if argument(scatter, "value", 3) != 1 or rank(scatter) != 2 or _background(scatter.args[0]) != "zero":
+        return False
+    stack = [scatter]
+    while stack:
+        for user in stack.pop().users:
+            if op(user) in g.CASTS:
+                stack.append(user)
+            elif op(user) != "sum" or argument(user, "dim", 1) not in (0, [0]) or argument(user, "keepdim", 2, False):
+                return False
+    return True
+
+
+def _mutates(user: Node, node: Node) -> bool:
+    target = user.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    writes = [a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments]
+    return any(w and i < len(user.args) and user.args[i] is node for i, w in enumerate(writes))
+
+
+def _follow_weights(selection: Selection, weight_like: set[Node], dense_like: dict[Node, str], cut: Cut) -> str:
+    """Grow the weights through renormalisation, scale and casts; what reads them beyond that is the experts."""
+    stack = list(weight_like)
+    rows: set[Node] = set()  # one number per token, to renormalise by
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            if user in weight_like or user in rows:
+                continue
+            name = op(user)
+            if name in WEIGHT_WISE and _joins_selected(user, cut, selection):
+                cut.weights.append(Edge(node, user))  # the experts' own business: a mask of the picks of one expert
+            elif name in WEIGHT_WISE and is_float(user) and selection.is_per_pick(user):
+                weight_like.add(user)
+                stack.append(user)
+            elif node in rows and name in WEIGHT_WISE and same_shape(user, node):
+                rows.add(user)
+                stack.append(user)
+            elif node not in rows and name in REDUCTIONS and _feeds_back(user, selection):
+                rows.add(user)
+                stack.append(user)
+            elif name == "getitem" and node in rows:
+                rows.add(user)
+                stack.append(user)
+            elif node in weight_like and user not in dense_like:
+                if _mutates(user, node):
+                    return f"its weights are changed in place by {name}"
+                cut.weights.append(Edge(node, user))
+    return ""
+
+
+def _joins_selected(user: Node, cut: Cut, selection: Selection) -> bool:
+    """Whether an input of the op comes from ids that have left the router."""
+    if len(user.all_input_nodes) < 2:
+        return False
+    leavers = {e.user for e in cut.ids}
+    stack, seen = list(user.all_input_nodes), set()
+    while stack:
+        node = stack.pop()
+        if node in leavers:
+            return True
+        if node not in seen and selection.ids < node:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return False
+
+
+def _feeds_back(reduction: Node, selection: Selection) -> bool:
+    """Whether a reduction over the picks is used to renormalise them, so that it is the router's business."""
+    stack, seen = [reduction], set()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node is not reduction and selection.is_per_pick(node):
+            return True
+        if node is reduction or op(node) in WEIGHT_WISE:
+            stack.extend(u for u in node.users if op(u) in WEIGHT_WISE)
+    return False
+
+
+#: What an op makes of a row over all experts that is zero ("zero") or -inf ("-inf") wherever nothing was picked.
+_DENSE_RULES = {
+    "zero": {
+        "mul": "zero", "div": "zero", "bool": "picked", "sum": "row", "amax": "row", "clamp_min": "zero",
+        **dict.fromkeys(g.RESHAPES | g.CASTS, "zero"),
+    },
+    "-inf": {
+        "softmax": "zero", "_softmax": "zero", "sigmoid": "zero", "exp": "zero", "add": "-inf",
+        **dict.fromkeys(g.RESHAPES | g.CASTS, "-inf"),
+    },
+}  # fmt: skip
+
+
+def _follow_dense(router: Router, dense_like: dict[Node, str], cut: Cut) -> str:
+    """Follow matrices [..., E] made by scattering; the experts must read them where unpicked entries are zero."""
+    stack = []
+    for node in list(dense_like):
+        state = _background(node.args[0])
+        if state is None:
+            return "its picks are scattered into a matrix whose other entries are neither 0 nor -inf"
+        dense_like[node] = state
+        stack.append(node)
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            if user in dense_like:
+                continue
+            state = _dense_step(node, dense_like, user, router)
+            if state is not None:
+                dense_like[user] = state
+                stack.append(user)
+            elif dense_like[node] == "zero" and is_float(node):
+                cut.dense.append(Edge(node, user))
+            elif dense_like[node] != "row":
+                return f"its picks leave the router as a mask ({op(user) or user.op}), not as weights"
+    return ""
+
+
+def _dense_step(node: Node, dense_like: dict[Node, str], user: Node, router: Router) -> str | None:
+    """The state of ``user``, or None when it is no longer a row over experts of the router's own."""
+    name, state = op(user), dense_like[node]
+    if state == "row":  # a sum over experts, kept only to renormalise by
+        if name in WEIGHT_WISE and same_shape(user, node):
+            return "row"
+        divides = any(dense_like.get(i) == "zero" for i in user.all_input_nodes)
+        return "zero" if divides and _is_row_of_experts(user, router) else None
+    after = _DENSE_RULES.get(state, {}).get(name)
+    if after == "row":
+        return "row" if any(_is_row_of_experts(u, router) or op(u) in WEIGHT_WISE for u in user.users) else None
+    if after is None or not _is_row_of_experts(user, router):
+        return None
+    if name == "div" and user.args[0] is not node:
+        return None
+    if name in g.RESHAPES and not same_shape(user, node):
+        return None  # the experts' own: no longer a row over experts for each row of ids
+    if name in ("softmax", "_softmax") and argument(user, "dim", 1) not in (-1, rank(user) - 1):
+        return None
+    return after
+
+
+def _is_row_of_experts(node: Node, router: Router) -> bool:
+    return is_float(node) and size(node, -1) == router.num_experts and rank(node) <= 3
+
+
+def _background(base: object) -> str | None:
+    """What a freshly filled tensor holds: "zero", "-inf", or None for anything else."""
+    while isinstance(base, Node) and op(base) in g.RESHAPES | g.CASTS | {"expand"}:
+        base = base.args[0]
+    if not isinstance(base, Node):
+        return None
+    name = op(base)
+    if name in ("zeros", "zeros_like", "new_zeros"):
+        return "zero"
+    fill = {"full": 1, "full_like": 1, "new_full": 2, "fill": 1, "masked_fill": None}.get(name)
+    number = argument(base, "fill_value" if name != "fill" else "value", fill) if fill is not None else None
+    return {0.0: "zero", float("-inf"): "-inf"}.get(number) if isinstance(number, (int, float)) else None
+
+
+def weighs_input(cut: Cut, proof: Proof, router: Router, weights: Weights) -> bool:
+    """Whether weights that left the router flow into a product with the site's own experts."""
+    if proof.at is None:
+        return False
+    own = {i for i in proof.at.all_input_nodes if is_expert_stack(i, router, weights)}
+    seen: set[Node] = set()
+    stack = [e.user for e in (*cut.weights, *cut.dense)]
+    while stack and len(seen) < 4 * REACH:
+        node = stack.pop()
+        if node in seen or not is_float(node):
+            continue
+        seen.add(node)
+        if own.intersection(node.all_input_nodes) and meets_experts(node, router, weights):
+            return True
+        stack.extend(node.users)
+    return False

@@ -1,0 +1,205 @@
+"""The ops that choose the k best along the last axis, and what they choose: ids, and the values by which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+from torch import fx
+from torch.fx.node import Node
+
+from moe_fx.passes import graph as g
+from moe_fx.passes.graph import argument, is_float, is_integer, op, outputs, rank, same_shape, size
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A choice of the k best along the last axis: a ``topk``, a ``sort`` and its slices, an ``argmax``."""
+
+    node: Node
+    scores: Node
+    k: int
+    ids: Node
+    values: Node | None
+    sorted: bool  # whether pick 0 is the best; SERE's primary picks are the first
+    squeezed: bool = False  # whether ids and values lack the last axis, which would have one entry
+
+    @property
+    def tokens(self) -> list[object]:
+        """The leading sizes of the ids, one for each axis of tokens, as expressions."""
+        dims = [g.expression(d) for d in g.shape(self.ids) or ()]
+        return dims if self.squeezed else dims[:-1]
+
+    def is_per_pick(self, node: object) -> bool:
+        """Whether a tensor has one entry for every pick; where there is one pick, with or without an axis for it."""
+        dims = [g.expression(d) for d in g.shape(node) or ()]
+        return dims == [*self.tokens, self.k] or (self.k == 1 and dims == self.tokens and len(dims) > 0)
+
+
+def selections(graph: fx.Graph) -> Iterator[Selection]:
+    """Every choice of a fixed number of best entries along the last axis."""
+    for node in graph.nodes:
+        rule = SELECTION_RULES.get(op(node))
+        selection = rule(node) if rule is not None else None
+        if selection is not None:
+            yield selection
+
+
+def unreadable(graph: fx.Graph) -> Iterator[Selection]:
+    """Choices over the last axis in another way than by a fixed number of best entries; their k has no meaning."""
+    for node in graph.nodes:
+        name = op(node)
+        if name not in ("sort", "argsort", "multinomial") or not _over_last_axis(node.args[0], -1):
+            continue
+        if name == "multinomial" or SELECTION_RULES[name](node) is None:
+            ids = outputs(node, 1) if name == "sort" else [node]
+            yield from (Selection(node, node.all_input_nodes[0], 1, i, None, False) for i in ids)
+
+
+def _topk(node: Node) -> Selection | None:
+    """topk(scores, k, dim=-1) = the k largest of each row, or the k smallest."""
+    scores, k = node.args[0], argument(node, "k", 1)
+    if not _over_last_axis(scores, argument(node, "dim", 2, -1)) or not isinstance(k, int):
+        return None
+    ids, values = outputs(node, 1), outputs(node, 0)
+    if len(ids) != 1 or len(values) > 1 or k < 1:
+        return None
+    ordered = argument(node, "sorted", 4, True) is True
+    return Selection(node, scores, k, ids[0], values[0] if values else None, ordered)  # type: ignore[arg-type]
+
+
+def _sort(node: Node) -> Selection | None:
+    """sort(scores)[:, :k] = topk(scores, k), when nothing but the first k is read."""
+    return _first_sorted(node, outputs(node, 1), outputs(node, 0))
+
+
+def _argsort(node: Node) -> Selection | None:
+    """argsort(scores)[:, :k] = topk(scores, k).indices, when nothing but the first k is read."""
+    return _first_sorted(node, [node], [])
+
+
+def _first_sorted(node: Node, ordered_ids: list[Node], ordered_values: list[Node]) -> Selection | None:
+    # sort.stable(self, *, stable, dim, descending) takes all but the tensor by keyword
+    scores, dim = node.args[0], argument(node, "dim", 1 if "stable" not in node.kwargs else len(node.args), -1)
+    ids, values = _only_slice(ordered_ids), _only_slice(ordered_values)
+    if not _over_last_axis(scores, dim) or ids is None or ids[1] is None:
+        return None
+    if ordered_values and (values is None or values[1] not in (None, ids[1])):
+        return None
+    return Selection(node, scores, ids[1], ids[0], values[0] if values else None, True)  # type: ignore[arg-type]
+
+
+def _only_slice(taken: list[Node]) -> tuple[Node, int | None] | None:
+    """The one slice ``[..., :k]`` that is all that is read of a sort's output, with its k; None if it is unused."""
+    users = [u for t in taken for u in t.users]
+    while len(users) == 1 and op(users[0]) == "slice" and _whole(users[0]):
+        users = list(users[0].users)  # x[:, :k] is written as x[:][..., :k]
+    if not users:
+        return None
+    first = users[0]
+    end = argument(first, "end", 3)
+    fits = (
+        len(users) == 1
+        and op(first) == "slice"
+        and argument(first, "dim", 1, 0) in (-1, rank(first) - 1)
+        and argument(first, "start", 2, 0) in (0, None)
+        and argument(first, "step", 4, 1) == 1
+        and isinstance(end, int)
+        and 0 < end == size(first, -1)
+    )
+    return first, (end if fits else None)
+
+
+def _whole(node: Node) -> bool:
+    return same_shape(node, node.args[0])
+
+
+def _max(node: Node) -> Selection | None:
+    """max(scores, -1) = topk(scores, 1), with or without its last axis."""
+    ids, values = [i for i in outputs(node, 1) if i.users], outputs(node, 0)
+    if len(ids) != 1 or len(values) > 1:  # the maximum of a whole tensor has no outputs to take
+        return None
+    return _best(node, ids[0], values[0] if values else None)
+
+
+def _argmax(node: Node) -> Selection | None:
+    """argmax(scores, -1) = topk(scores, 1).indices, with or without its last axis; the value may come from max(scores)."""
+    maxima = [u for u in node.args[0].users if op(u) == "max" and argument(u, "dim", 1) == argument(node, "dim", 1)]  # type: ignore[union-attr]
+    values = [v for u in maxima for v in outputs(u, 0)]
+    return _best(node, node, values[0] if len(values) == 1 else None)
+
+
+def _best(node: Node, ids: Node, values: Node | None) -> Selection | None:
+    scores, dim = node.args[0], argument(node, "dim", 1)
+    if dim is None or not _over_last_axis(scores, dim) or any(_joined(u) for u in _with_axis(ids)):
+        return None
+    return Selection(node, scores, 1, ids, values, True, squeezed=rank(ids) < rank(scores))  # type: ignore[arg-type]
+
+
+def _with_axis(ids: Node) -> list[Node]:
+    """The users of a single choice's ids, through the ``unsqueeze`` that gives them their last axis."""
+    return [u for user in ids.users for u in (user.users if op(user) == "unsqueeze" else [user])]
+
+
+def _joined(node: Node) -> Selection | None:
+    """cat([max(scores), max(scores without the first), ...], -1) = topk(scores, k), chosen one after another."""
+    if op(node) not in ("cat", "concat") or not is_integer(node) or argument(node, "dim", 1, 0) not in (-1, rank(node) - 1):
+        return None
+    choices = [choice for part in _parts(node) if (choice := _single_choice(part)) is not None]
+    if len(choices) < 2 or not len(choices) == len(_parts(node)) == size(node, -1):
+        return None
+    return Selection(node, choices[0].all_input_nodes[0], len(choices), node, _joined_weights(node), True)
+
+
+def _parts(joined: Node) -> list[Node]:
+    """What a ``cat`` joins."""
+    return [*cast("list[Node]", joined.args[0])]
+
+
+def _single_choice(ids: Node) -> Node | None:
+    """The ``max`` or ``argmax`` over the last axis that ids [..., 1] come from."""
+    node = ids
+    while op(node) in ("unsqueeze", "getitem") or op(node) in g.CASTS:
+        node = node.all_input_nodes[0]
+    over_last = op(node) in ("max", "argmax") and _over_last_axis(node.args[0], argument(node, "dim", 1))
+    return node if over_last and size(ids, -1) == 1 else None
+
+
+def _joined_weights(ids: Node) -> Node | None:
+    """The floats joined in the same way as the ids, each looked up by (or chosen with) the id at its place."""
+    candidates = [_looked_up(part) for part in _parts(ids)]
+    for user in (u for weight in candidates[0] for u in weight.users):
+        joins = op(user) == op(ids) and is_float(user) and same_shape(user, ids)
+        if joins and all(weight in known for weight, known in zip(_parts(user), candidates, strict=True)):
+            return user
+    return None
+
+
+def _looked_up(ids: Node) -> list[Node]:
+    """The scores gathered by ids [..., 1], and the value that was chosen with them."""
+    chosen = ids.args[0] if op(ids) == "getitem" else None
+    return [u for u in ids.users if op(u) == "gather"] + (outputs(chosen, 0) if isinstance(chosen, Node) else [])
+
+
+def takes_lowest(selection: Selection) -> bool:
+    """Whether the k smallest are chosen, and that not of negated scores."""
+    node, name = selection.node, op(selection.node)
+    if name == "topk":
+        highest = argument(node, "largest", 3, True) is True
+    elif name in ("sort", "argsort"):
+        highest = argument(node, "descending", 2 if "stable" not in node.kwargs else len(node.args) + 1, False) is True
+    else:
+        highest = True
+    return not highest and op(selection.scores) != "neg"
+
+
+def _over_last_axis(scores: object, dim: object) -> bool:
+    return isinstance(scores, Node) and is_float(scores) and rank(scores) >= 2 and dim in (-1, rank(scores) - 1)
+
+
+SELECTION_RULES = {
+    "topk": _topk, "sort": _sort, "argsort": _argsort, "max": _max, "argmax": _argmax, "cat": _joined, "concat": _joined,
+}  # fmt: skip
+#: Ops without one of which a graph routes nothing.
+SELECTIONS = frozenset(SELECTION_RULES) - {"cat", "concat"} | {"multinomial"}
