@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from moe_fx.passes.bind import watched_outputs
 from moe_fx.pipeline import Settings, run
 from moe_fx.policy import BEAM, Policy, from_config
 from moe_fx.report import Report
@@ -58,9 +59,26 @@ def moe_sparse(
     settings, inner = _parse(options or {}, mode)
     report = _report_for(options)
     new = run(gm, settings, report)
+    watched = watched_outputs(new)
     compiled = inner(new, list(example_inputs))
     report.compile_seconds += time.perf_counter() - start
-    return compiled
+    return _watching(compiled, watched) if watched else compiled
+
+
+def _watching(compiled: Callable[..., Any], watched: Sequence[tuple[BEAM, str]]) -> Callable[..., Any]:
+    """A compiled graph whose last outputs go to the policies that train, instead of to the caller."""
+
+    def call(*args: Any) -> Any:
+        outputs = compiled(*args)
+        own, logits = outputs[: -len(watched)], outputs[-len(watched) :]
+        seen: dict[BEAM, dict[str, list[Tensor]]] = {}
+        for (policy, site), at_picks in zip(watched, logits, strict=True):
+            seen.setdefault(policy, {}).setdefault(site, []).append(at_picks)
+        for policy, by_site in seen.items():
+            policy.see(by_site)
+        return own
+
+    return call
 
 
 def _parse(options: Mapping[str, Any], mode: str | None) -> tuple[Settings, Callable[..., Any]]:
@@ -74,7 +92,8 @@ def _parse(options: Mapping[str, Any], mode: str | None) -> tuple[Settings, Call
             raise OptionError(f"option '{key}' is {options[key]!r}, expected {OPTIONS[key]}")
     flags = {"strict": options.get("strict", False), "stats": options.get("stats", False)}
     fuse: dict[str, Any] = {"fuse": options.get("fuse_experts"), "fuse_routing": options.get("fuse_routing")}
-    settings = Settings(_policies(options.get("policy")), **flags, **fuse)
+    inline = options.get("inner", "inductor") == "inductor"
+    settings = Settings(_policies(options.get("policy")), **flags, **fuse, inline=inline)
     inner = _inner_compiler(options.get("inner", "inductor"), options.get("inner_options"), options.get("mode", mode))
     return settings, inner
 

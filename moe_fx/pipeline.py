@@ -19,6 +19,7 @@ from moe_fx.passes.find_sites import Routing, find_sites
 from moe_fx.passes.fuse_experts import recognise, runs_our_op
 from moe_fx.passes.fuse_routing import fuse_routing
 from moe_fx.passes.graph import fake, plain_name, qualified_op
+from moe_fx.passes.inline_experts import inline_experts
 from moe_fx.passes.mlp import Experts
 from moe_fx.passes.normalize import NormalizeError, normalize
 from moe_fx.passes.region import find_region
@@ -45,6 +46,8 @@ class Settings:
             devices where that was measured to be faster, which is the CPU so far.
         fuse_routing: whether a selection and the policy behind it become one op, where gradients are not needed.  None:
             on CUDA devices, where every launch counts.
+        inline: whether the inner compiler fuses the lookup of weights into products, as Inductor does: then the experts of
+            few tokens need no op.
     """
 
     policies: tuple[Policy, ...] = (TopK(),)
@@ -52,6 +55,7 @@ class Settings:
     stats: bool = False
     fuse: bool | None = None
     fuse_routing: bool | None = None
+    inline: bool = False
 
     @property
     def changes_picks(self) -> bool:
@@ -65,11 +69,12 @@ class Settings:
 
 
 def run(gm: fx.GraphModule, settings: Settings, report: Report) -> fx.GraphModule:
-    """Dynamo graph -> normalize -> find_sites -> fuse_experts -> reroute -> check -> fuse_routing.
+    """Dynamo graph -> normalize -> find_sites -> fuse_experts -> reroute -> check -> fuse_routing -> inline_experts.
 
     Records what it did in ``report``.
 
-    Returns the rewritten graph, or ``gm`` itself where nothing was rewritten.
+    Returns the rewritten graph, or ``gm`` itself where nothing was rewritten.  Where a policy trains, the graph returns more
+    than before: ``passes.bind.watched_outputs`` tells what its last outputs are.
 
     Raises:
         ArtifactError, PolicyError: the policy cannot be applied to a site that was found.
@@ -118,6 +123,7 @@ def rewrite(gm: fx.GraphModule, owner: SiteOwner, settings: Settings, report: Re
     _be_strict(settings, skips)
     report.add([s for r in done for s in _sites(r, layers[r], settings, done[r])], skips)
     rewritten = [r for r in done if settings.changes_picks or done[r] == "fused"]
+    binder.add_outputs()
     report.ops_before += before
     if rewritten:
         with _timed(report, "check"):
@@ -125,6 +131,8 @@ def rewrite(gm: fx.GraphModule, owner: SiteOwner, settings: Settings, report: Re
         with _timed(report, "rewrite"):
             if _fuses_routing(gm, rewritten, settings):
                 fuse_routing(gm)
+            if settings.inline and not settings.changes_picks:
+                inline_experts(gm)
             gm.recompile()
     report.ops_after += _ops(gm) if rewritten else before
     return bool(rewritten)
