@@ -26,5 +26,6 @@ BENCHMARKS = {
     "experts_layer": Benchmark(
         "one layer of experts: transformers' own, moe_sparse, picks moved and off", "benchmarks.experts_layer", "run"
     ),
+    "calibration": Benchmark("memory and time of calibrating a layer of Qwen3-30B's shape", "benchmarks.calibration", "run"),
     "compile": Benchmark("share of the passes in the time of a first compilation", "benchmarks.decode", "run_compile"),
 }

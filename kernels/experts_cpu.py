@@ -1,7 +1,25 @@
-"""``fused_experts`` on CPU: active experts' weights are read once, and picks that are off cost nothing.
+"""``fused_experts`` on CPU: active experts' weights are read from memory once, and picks that are off cost nothing.
 
-TABLE
+The picks become rows, sorted by expert.  A decode step has a few rows per expert and is bound by reading weights, so the
+number of rows decides which routine multiplies.  GB/s of bf16 weights (64 experts, [1024, 1024] and [1024, 512], all
+active), two threads of a Zen 5 whose other two cores were at work too.  The first line is from other runs than the rest:
+compare the two only roughly, since copying memory reached 35 to 63 there and 31 to 41 here:
 
+    rows per expert                 1     2     4     6     8    12    16    64
+    compiled, one block of rows    37    36    34    25    17    10   5.5     -   by Inductor: below
+    mm into an old result          19    19    18    18    18    17    15   8.4   oneDNN, which packs the weight in every call
+    mm(weight, rows.T)             20    12    12    12    12    12    12   9.6   oneDNN, which packs the rows
+    torch._grouped_mm               -     -    19     -    17    16    15   8.7   F.linear is as fast
+    bmm of all experts              -     -    24     -    22    20    18    10   for equal numbers of rows only
+
+* An expert with up to 12 rows, if it is large, goes to a function compiled by Inductor, in blocks of 2, 4 or 6 rows.
+  Their products are taken together where the weight lies.  Beyond 24 KB of rows in float32 in a block (6 of 1024)
+  it was slower than the loop, presumably because they no longer fit into the first cache: wider rows go to the loop.  One
+  token has a function of its own, with the weighted sum.  Compiling takes a few seconds for each size of block, once:
+  Inductor keeps the code on disk.
+* For the others there is a loop over experts, whose results go into memory that is used again: with a new result for
+  every product 512 tokens took 36 ms, and so 26.
+* What did not pay: two or four columns at once, -fprefetch-loop-arrays, weights as pairs in int32.
 """
 
 from __future__ import annotations
@@ -18,7 +36,9 @@ from moe_fx.kernels import reference
 from moe_fx.kernels.cpu import np
 
 ROWS_TO_BLOCK = (0, 2, 2, 4, 4, 6, 6, 4, 4, 4, 4, 4, 4)  # an expert's rows: how many of them a compiled function takes at once
-LEAST_BYTES_COMPILED = 2**15  # of one expert's gate and up weights: below, nothing is to be gained
+LEAST_BYTES_COMPILED = 2**15  # of one expert's gate and up weights: below (not measured) the loop
+MOST_BYTES_OF_ROWS = 3 * 2**13  # of a block of more than two, in float32: what fits into the first cache beside the weight
+SLICES = 8
 CHUNK = 32  # columns of one row that lie together in a block
 
 
@@ -48,6 +68,14 @@ class Layer:
         weight = self.w_gate_up
         is_large = weight[0].numel() * weight.itemsize >= LEAST_BYTES_COMPILED
         return is_large and weight.dtype != torch.float64 and weight.stride(2) == self.w_down.stride(2) == 1
+
+    @property
+    def rows_to_block(self) -> list[int]:
+        """For each number of rows of an expert, and in the last place for all larger ones, the block; 0: by the loop."""
+        if not self.is_compiled:
+            return [0]
+        width = max(self.w_gate_up.shape[2], self.w_down.shape[2])
+        return [size if size <= 2 or size * width * 4 <= MOST_BYTES_OF_ROWS else 0 for size in (*ROWS_TO_BLOCK, 0)]
 
 
 @dataclass(frozen=True)
@@ -235,6 +263,9 @@ def _linear(x: Tensor, weights: Tensor, biases: Tensor | None, expert: int, resu
     """result [R, N] = x [R, H] times an expert's weight, [N, H], and its bias."""
     if x.dtype == torch.float16:  # many times faster in float32, where a machine lacks instructions for it
         result.copy_(x.float() @ weights[expert].float().mT)
+    elif x.dtype == torch.float32 and weights.shape[1] % SLICES == 0:  # slices for the threads to share: half as fast without
+        slices = weights[expert].unflatten(0, (SLICES, -1)).mT  # [SLICES, H, N / SLICES]
+        result.unflatten(1, (SLICES, -1)).copy_(torch.bmm(x.expand(SLICES, *x.shape), slices).transpose(0, 1))
     else:
         torch.mm(x, weights[expert].mT, out=result)
     if biases is not None:
@@ -247,7 +278,7 @@ def _outputs(layer: Layer, hidden: Tensor, topk_ids: Tensor) -> tuple[Tensor, Te
     if rows is None:
         return None
     lengths = rows.runs[:, 2] - rows.runs[:, 1]
-    sizes = np.array((*ROWS_TO_BLOCK, 0) if layer.is_compiled else (0,))  # 0: by the loop
+    sizes = np.array(layer.rows_to_block)
     size_of_run = sizes[np.minimum(lengths, len(sizes) - 1)]
     parts = []
     for size in np.unique(size_of_run).tolist():

@@ -383,6 +383,16 @@ def test_every_number_of_rows_of_an_expert(num_tokens, compiled):
     assert len(compiled) == (1 if is_one_call else 2)
 
 
+def test_blocks_of_wide_rows_go_to_the_loop(compiled, monkeypatch):
+    """Two rows are compiled at any width; more only where they fit into the first cache."""
+    case = Case(3, top_k=1, num_experts=1, dtype=torch.bfloat16)
+    monkeypatch.setattr(experts_cpu, "MOST_BYTES_OF_ROWS", 4 * 16 * 4 - 1)
+    check(on_cpu, case)
+    assert len(compiled) == 1  # the sum
+    check(on_cpu, replace(case, num_tokens=2))
+    assert len(compiled) == 2
+
+
 _functions_of_hypothesis: dict[Any, Any] = {}
 
 
