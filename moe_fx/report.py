@@ -23,7 +23,9 @@ class Report:
     Attributes:
         sites: one for each MoE layer, in the order met; a layer seen in several graphs (recompiled for another batch
             size, say) is listed once, as last compiled.
-        skips: places that resemble routing and were left alone, each with its reason.
+        skips: places that resemble routing and were left alone, each with its reason; a skip that bears the name of a site
+            says why the site's experts are not fused, while its routing is treated as ``policy`` says.  A site that a
+            policy refuses is a skip with ``routing`` set and not among ``sites``.
         graphs: graphs compiled.
         ops_before, ops_after: how often each op occurs over all graphs, before and after the rewrite.
         seconds: seconds spent in each step of the pipeline, summed over graphs.
@@ -57,10 +59,16 @@ class Report:
     def __rich__(self) -> object:
         from rich.console import Group
 
-        nothing = "No expert routing was found; the model runs unchanged."
+        refused = any(s.routing for s in self.skips)
+        nothing = f"No expert routing {'could be rewritten' if refused else 'was found'}; the model runs unchanged."
         parts: list[object] = [_site_table(self.sites) if self.sites else nothing]
-        if self.skips:
-            parts.append(_skip_table(self.skips))
+        names = {s.name for s in self.sites}
+        unfused = [s for s in self.skips if s.name in names and not s.routing]
+        if unfused:
+            parts.append(_skip_table(unfused, "experts that stay as they are", "site", "why they are not fused"))
+        if len(unfused) < len(self.skips):
+            left = [s for s in self.skips if s not in unfused]
+            parts.append(_skip_table(left, "left alone", "place", "why it was left alone"))
         parts.append(self._summary())
         return Group(*parts)  # type: ignore[arg-type]
 
@@ -94,12 +102,12 @@ def _site_table(sites: list[Site]) -> object:
     return table
 
 
-def _skip_table(skips: list[Skip]) -> object:
+def _skip_table(skips: list[Skip], title: str, where: str, why: str) -> object:
     from rich.table import Table
 
-    table = Table("place", "why it was left alone", title="left alone", title_justify="left")
+    table = Table(where, why, title=title, title_justify="left")
     for s in skips:
-        table.add_row(s.name, s.reason)
+        table.add_row(s.name or "(root)", s.reason)
     return table
 
 

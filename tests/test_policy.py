@@ -239,7 +239,7 @@ def test_from_config_reads_what_json_can_say(tmp_path):
         ({"name": "bean"}, r"unknown policy 'bean' \(did you mean 'beam'\?\)"),
         ({"name": None}, "unknown policy None: the policies are"),
         ({"name": 3}, "unknown policy 3: the policies are"),
-        ({}, "a policy's mapping needs a 'name', one of 'topk', 'sere', 'beam', but got {}"),
+        ({}, "a policy's mapping needs a 'name', one of 'topk', 'sere', 'beam', .*, but got {}"),
         ({"primary": 2}, "a policy's mapping needs a 'name'"),
         ({"name": "sere", "treshold": 0.3}, r"'sere' has no setting 'treshold' \(did you mean 'threshold'\?\): it"),
         ({"name": "sere", "tau": 0.3}, "it has 'artifact', 'primary', 'threshold', 'max_tokens'"),

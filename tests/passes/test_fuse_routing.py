@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import layers
 import moe_fx
+import tiny
 from layers import ROUTES, E, H
 from moe_fx.passes.fuse_routing import fuse_routing
 from moe_fx.testing import random_scores, random_similarity, tolerance
@@ -164,3 +165,22 @@ def test_leaves_alone(function: Any) -> None:
     before = targets(gm)
     assert fuse_routing(gm) == 0
     assert targets(gm) == before
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v2"])
+def test_whole_models_compute_what_the_hand_patched_model_does(name: str) -> None:
+    """gpt-oss selects logits and makes weights of the selected ones; DeepSeek-V2 selects among groups before."""
+    model, tables, inputs = tiny.build(name), tiny.random_artifact(name), tiny.tokens()
+    rules = {
+        "topk_sere": (moe_fx.SERE(tables, primary=1, threshold=0.4), tiny.sere_rule(tables, 1, 0.4)),
+        "topk_beam": (moe_fx.BEAM(tables), tiny.beam_rule(tables, 0.5)),
+    }
+    for op, (policy, rule) in rules.items():
+        for fuse_experts in (False, True):
+            torch._dynamo.reset()
+            options: Any = {"policy": policy, "inner": "eager", "strict": True, "fuse_routing": True}
+            options["fuse_experts"] = fuse_experts
+            with torch.no_grad():
+                got = torch.compile(model, backend="moe_sparse", options=options)(**inputs).logits
+            torch.testing.assert_close(got, tiny.expected(model, name, rule, **inputs), **tolerance(torch.float32))
+            assert moe_fx.last_report().ops_after[f"moe_fx.{op}"] == tiny.LAYERS
