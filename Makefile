@@ -44,7 +44,7 @@ bench: $(VENV)/.test  ## run the benchmarks; BENCHMARKS="decode" runs only those
 gpu:  ## tests and tables on a GPU: about 8 minutes; PART="kernels", backend, vllm, tune or sanitize runs only that
 	$(GPU_PYTHON) -m benchmarks.gpu $(PART) $(GPU_ARGS)
 
-bench-vllm: $(VLLM_VENV)/.vllm  ## decode with vLLM's CPU engine, stock against SERE and BEAM: about 25 minutes
+bench-vllm: $(VLLM_VENV)/.vllm  ## decode with vLLM's CPU engine, stock against SERE and BEAM: about 10 minutes
 	$(VLLM_VENV)/bin/python -m benchmarks.vllm_decode $(VLLM_ARGS)
 
 test-vllm: $(VLLM_VENV)/.vllm  ## run the tests that start vLLM engines

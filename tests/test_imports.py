@@ -55,6 +55,7 @@ EXTERNAL = {
     "typer": {"cli"},
     "lm_eval": {"cli"},
     "vllm": {"vllm/*"},
+    "prometheus_client": {"vllm/*"},
     "hypothesis": {"testing"},
 }
 

@@ -10,13 +10,13 @@ import hashlib
 import importlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import moe_fx
+from moe_fx import __version__
+from moe_fx.passes import graph
 from moe_fx.policy import BEAM, Policy, TopK, from_config
 from moe_fx.vllm import metrics
 
@@ -72,10 +72,9 @@ def _has_artifact(policy: Policy) -> bool:
 def source_digest() -> str:
     """Hex sha256 over the source of all that rewrites graphs here."""
     content = hashlib.sha256()
-    for folder in moe_fx.__path__:
-        for name in ("vllm", "passes"):
-            for file in sorted((Path(folder) / name).glob("*.py")):
-                content.update(file.read_bytes())
+    for module in (__file__, graph.__file__):
+        for file in sorted(Path(module).parent.glob("*.py")):
+            content.update(file.read_bytes())
     return content.hexdigest()
 
 
@@ -119,7 +118,7 @@ def check_version() -> None:
     if minor is None or not OLDEST <= minor <= NEWEST:
         low, high = (".".join(map(str, v)) for v in (OLDEST, NEWEST))
         raise VllmError(
-            f"moe_fx {moe_fx.__version__} supports vLLM {low} to {high}, but vLLM {version} is installed: install one of "
+            f"moe_fx {__version__} supports vLLM {low} to {high}, but vLLM {version} is installed: install one of "
             f"those, or remove '{KEY}' from additional_config"
         )
 
@@ -128,8 +127,8 @@ def engine_args(policy: object = None, *, stats: bool = False) -> dict[str, Any]
     """Keyword arguments for ``vllm.LLM`` and ``AsyncEngineArgs`` that apply a policy: ``LLM(model, **engine_args(policy=...))``.
 
     Args:
-        policy: what ``torch.compile``'s option ``policy`` takes.  vLLM's processes read artifacts from files, so one that
-            exists only in memory is written to a file in the temporary directory, named after its digest.
+        policy: what ``torch.compile``'s option ``policy`` takes.  vLLM's processes read artifacts from files, so an artifact
+            is written to the user's cache directory, under a name that is the same at the next start.
         stats: whether active experts are counted; read them with ``moe_fx.vllm.stats()`` or on vLLM's ``/metrics``.
 
     Raises:
@@ -146,8 +145,9 @@ def _as_config(policy: Policy) -> dict[str, Any]:
     config |= {f.name: getattr(policy, f.name) for f in fields(policy)}
     artifact = config.get("artifact")
     if artifact is not None:
-        path = Path(tempfile.gettempdir()) / f"moe_fx-{os.getuid()}-{artifact.digest[:32]}.moe.safetensors"
-        config["artifact"] = str(artifact.save(path).resolve())
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_fx"
+        folder.mkdir(parents=True, exist_ok=True)
+        config["artifact"] = str(artifact.save(folder / f"{artifact.digest[:32]}.moe.safetensors").resolve())
     return config
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from torch.fx.node import Node
 from vllm.compilation.passes.inductor_pass import InductorPass
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from moe_fx.passes import graph as g
 from moe_fx.passes.find_sites import Routing, find_sites
 from moe_fx.passes.reroute import Decision, reroute
 from moe_fx.policy import Policy
+from moe_fx.site import Skip
 from moe_fx.vllm import ops
 from moe_fx.vllm.names import block_name
 
@@ -64,20 +67,21 @@ class RoutingPass(InductorPass):
 
     def _rewrite_open(self, graph: fx.Graph) -> list[str]:
         """Put ``route_layer`` on every cut; the engine's names of the layers."""
-        layers = _layer_names()
+        layers = _layers()
         routings, skips = find_sites(graph.owning_module)
         done = []
         for routing in routings:
             name = _layer_of(routing, layers)
-            reason = "it is no MoE layer of the engine's" if name is None else self._rewrite(graph, routing, name)
-            if reason is None:
-                done.append(name)
-            else:
-                logger.warning("moe_fx left %s alone: %s", routing.site.name, reason)
+            if name is None:
+                skips.append(Skip(routing.site.name, f"it is not one of the engine's {len(layers)} MoE layers", routing=True))
+            elif hasattr(layers[name], ops.ATTRIBUTE):  # a draft model's layers have none
+                reason = self._rewrite(graph, routing, name)
+                done += [name] if reason is None else []
+                skips += [Skip(routing.site.name, reason, routing=True)] if reason is not None else []
         for skip in skips:
             if skip.routing:
                 logger.warning("moe_fx left %s alone: %s", skip.name, skip.reason)
-        return done  # type: ignore[return-value]
+        return done
 
     def _rewrite(self, graph: fx.Graph, routing: Routing, layer: str) -> str | None:
         def apply(graph: fx.Graph, decision: Decision) -> Decision:
@@ -106,14 +110,17 @@ def use_our_op(node: Node) -> None:
         node.args = (ours, *node.args[1:])
 
 
-def _layer_names() -> list[str]:
-    """The engine's MoE layers.  A model is compiled by its first forward, so there is a context."""
+def _layers() -> dict[str, Any]:
+    """The engine's MoE layers, by name.  A model is compiled by its first forward, so there is a context."""
     layers = get_forward_context().no_compile_layers
-    return [name for name, layer in layers.items() if hasattr(layer, ops.ATTRIBUTE)]
+    return {name: layer for name, layer in layers.items() if isinstance(layer, MoERunner)}
 
 
-def _layer_of(routing: Routing, layers: list[str]) -> str | None:
-    """The engine's layer whose routing this is: the compiled module's paths are the ends of the engine's names."""
+def _layer_of(routing: Routing, layers: Iterable[str]) -> str | None:
+    """The engine's layer whose routing this is: the compiled module's paths are the ends of the engine's names.
+
+    None where several layers may be meant, as with a draft model beside the model.
+    """
     site = block_name(routing.site.name)
     found = [layer for layer in layers if f".{block_name(layer)}".endswith(f".{site}")]
     return found[0] if len(found) == 1 else None

@@ -173,15 +173,15 @@ _SCORING: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _rerouting(forward: MoEForward) -> MoEForward:
-    """vLLM's op body, run with the layer's router rerouted."""
+def _rerouting() -> MoEForward:
+    """vLLM's op body, run with the layer's router rerouted.  What comes before the layer's name is the layer's input."""
 
     def moe_forward(*args: Any) -> Any:
-        (name,) = (a for a in args if isinstance(a, (str, moe_runner.LayerName)))
-        layer = moe_runner.get_layer_from_name(moe_runner._resolve_layer_name(name))
+        position = next(i for i, a in enumerate(args) if isinstance(a, (str, moe_runner.LayerName)))
+        layer = moe_runner.get_layer_from_name(moe_runner._resolve_layer_name(args[position]))
         _active.layer = layer
         try:
-            return layer._forward_impl(*args[: args.index(name)])
+            return layer._forward_impl(*args[:position])
         finally:
             _active.layer = None
 
@@ -209,7 +209,7 @@ def _define_opaque(name: str, forward: MoEForward, fake: MoEForward) -> None:
     theirs = getattr(torch.ops.vllm, name).default
     written = [a.name for a in theirs._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     schema = torch.library.infer_schema(forward, mutates_args=written)
-    _define(name, schema, _rerouting(forward), fake, (torch.Tag.needs_fixed_stride_order,))
+    _define(name, schema, _rerouting(), fake, (torch.Tag.needs_fixed_stride_order,))
     _OURS[theirs] = getattr(torch.ops.moe_fx, name).default
 
 

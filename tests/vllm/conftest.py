@@ -65,7 +65,7 @@ def run_engine(cache: Path) -> Callable[..., Result]:
     """Run one engine (see ``run_engine.py``) and return its result; ``log`` is all that it wrote."""
 
     def run(model: Path, *, fails: bool = False, environment: dict[str, str] | None = None, **spec: Any) -> Result:
-        variables = dict(os.environ, VLLM_CACHE_ROOT=str(cache), **(environment or {}))
+        variables = os.environ | {"VLLM_CACHE_ROOT": str(cache)} | (environment or {})
         variables.setdefault("OMP_NUM_THREADS", "2")
         variables.pop("TRITON_INTERPRET", None)
         argument = json.dumps({"model": str(model), "rounds": ROUNDS, **spec})
@@ -74,6 +74,9 @@ def run_engine(cache: Path) -> Callable[..., Result]:
         )
         log = done.stdout + done.stderr
         assert (done.returncode != 0) == fails, log[-4000:]
-        return {"log": log} if fails else {**json.loads(done.stdout.strip().splitlines()[-1]), "log": log}
+        if fails:
+            return {"log": log}
+        answer = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))  # workers write too
+        return {**json.loads(answer), "log": log}
 
     return run

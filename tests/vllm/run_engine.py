@@ -1,12 +1,14 @@
 """One vLLM engine in a process of its own: reads what to do as JSON from its argument, prints the result as its last line.
 
     {"model": PATH, "entry": {"policy": ...}, "form": "open" or "opaque", "patched": true, "engine": {...LLM's arguments},
-     "rounds": [[prompt, ...], ...], "max_tokens": 8, "variants": {name: [policies], ...}, "own_pass": true, "watch": true}
+     "rounds": [[prompt, ...], ...], "max_tokens": 8, "variants": {name: [policies], ...}, "own_pass": true, "watch": true,
+     "int8": true}
 
 ``entry`` is our entry of ``additional_config``.  ``patched`` is what an engine is held against: its router calls
 ``kernels/reference.py`` in Python, and nothing of ours runs.  Starting an engine takes most of a minute, so the rounds are
 run once for every variant, its policies put in the place of those that the engine started with.  ``own_pass`` adds a pass of
 the user's own; ``watch`` has every rank tell the ids that it routed to.
+``int8`` runs vLLM's int8 experts also on a CPU without AMX, which vLLM does not offer although their kernel needs only VNNI.
 """
 
 from __future__ import annotations
@@ -149,6 +151,11 @@ def main() -> None:
         take_opaque_form()
     if spec.get("patched"):
         patch_router()
+    if spec.get("int8"):
+        from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsInt8
+
+        CPUExpertsInt8._supports_current_device = staticmethod(lambda: True)
+        spec["engine"] = {"quantization": "experts_int8", "dtype": "bfloat16"}
     from vllm import LLM
 
     additional = {"moe_fx": spec["entry"]} if spec.get("entry") else {}
@@ -169,8 +176,11 @@ def main() -> None:
             change_policies(llm, policies, bool(spec.get("patched")))
         result[name] = generate(llm, spec)
     if (spec.get("entry") or {}).get("stats"):
+        import time
+
         import moe_fx.vllm
 
+        time.sleep(3 * moe_fx.vllm.metrics.INTERVAL_S)  # an engine in other processes publishes now and then
         result["stats"] = {name: [s.steps, s.before, s.active, s.off] for name, s in moe_fx.vllm.stats().items()}
     if spec.get("watch"):
         result["saw"] = llm.collective_rpc("saw")

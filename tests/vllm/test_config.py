@@ -14,6 +14,11 @@ from moe_fx.vllm import VllmError, config, engine_args
 SITES = {"model.layers.0.mlp": {"similarity": torch.eye(4), "mask_router": torch.zeros(4, 8)}}
 
 
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
 @pytest.fixture
 def path(tmp_path):
     return str(moe_fx.Artifact(SITES).save(tmp_path / "a.moe.safetensors"))
@@ -38,6 +43,7 @@ def test_an_artifact_in_memory_is_written_where_other_processes_find_it():
     artifact = moe_fx.Artifact(SITES)
     (policy,) = engine_args(moe_fx.SERE(artifact))["additional_config"]["moe_fx"]["policy"]
     assert moe_fx.Artifact.load(policy["artifact"]) == artifact
+    assert engine_args(moe_fx.SERE(artifact))["additional_config"]["moe_fx"]["policy"] == [policy], "vLLM's cache key holds it"
 
 
 @pytest.mark.parametrize("entry", [{}, {"policy": None}, {"policy": "topk"}])

@@ -1,5 +1,8 @@
 """The real engine against itself, its router patched in Python to call ``kernels/reference.py``: token for token."""
 
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import pytest
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -23,17 +26,21 @@ def engines(request, models, run_engine):
     folder = models(request.param)
     variants = policies(folder)
     entry = {"policy": variants["both"]}  # its graph is the most general: the other variants take its place at run time
-    return {
-        "stock": run_engine(folder, environment=STOCK)["started"],
-        "patched": run_engine(folder, environment=STOCK, patched=True, variants={"none": [], **variants}),
-        "open": run_engine(folder, entry=entry, variants={"started": None, "none": ["topk"], **variants}),
-        "opaque": run_engine(folder, entry=entry, form="opaque", variants={"started": None, "none": ["topk"], **variants}),
+    ours = {"entry": entry, "variants": {"started": None, "none": ["topk"], **variants}}
+    specs = {
+        "stock": {"environment": STOCK},
+        "patched": {"environment": STOCK, "patched": True, "variants": {"none": [], **variants}},
+        "open": ours,
+        "opaque": {**ours, "form": "opaque"},
     }
+    with ThreadPoolExecutor(2) as pool:  # a start is mostly work of one thread
+        running = {name: pool.submit(run_engine, folder, **spec) for name, spec in specs.items()}
+        return {name: future.result() for name, future in running.items()}
 
 
 @pytest.mark.parametrize("engine", ["patched", "open", "opaque"])
 def test_without_a_policy_every_token_is_stock_vllms(engines, engine):
-    assert engines[engine]["none"] == engines["stock"]
+    assert engines[engine]["none"] == engines["stock"]["started"]
 
 
 @pytest.mark.parametrize("form", ["open", "opaque"])
@@ -46,6 +53,40 @@ def test_every_token_is_the_patched_engines(engines, form, variant):
 @pytest.mark.parametrize("form", ["open", "opaque"])
 def test_what_the_engine_started_with_is_what_was_asked_for(engines, form):
     assert engines[form]["started"] == engines["patched"]["both"]
+
+
+def test_chunked_prefill_and_cached_prefixes(models, run_engine):
+    """Batches that mix decoding with pieces of prompts, some of which are already in the cache."""
+    folder = models("qwen3_moe")
+    variants = {name: policies(folder)[name] for name in ("sere", "both")}
+    prefix = [(11 * i) % 250 + 3 for i in range(70)]
+    prompts = [[*prefix, *range(3 + n, 9 + 2 * n)] for n in range(6)]
+    settings = {
+        "engine": {"enable_prefix_caching": True, "block_size": 32, "max_num_batched_tokens": 24, "max_num_seqs": 4},
+        "rounds": [prompts, prompts[::-1]],
+    }
+    patched = run_engine(folder, environment=STOCK, patched=True, variants=variants, **settings)
+    ours = run_engine(folder, entry={"policy": variants["both"]}, variants=variants, **settings)
+    assert [ours[name] for name in variants] == [patched[name] for name in variants]
+    assert ours["sere"] != ours["both"]
+
+
+def has_vnni():
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "avx512_vnni" in flags
+
+
+@pytest.mark.skipif(not has_vnni(), reason="vLLM's int8 experts need AVX512-VNNI")
+def test_quantised_experts_keep_their_kernel(models, run_engine):
+    """Int8 experts: the same kernel in the graph, and every token the patched engine's."""
+    folder = models("qwen3_moe")
+    variants = {name: policies(folder)[name] for name in ("sere", "both")}
+    patched = run_engine(folder, environment=STOCK, int8=True, patched=True, variants=variants)
+    ours = run_engine(folder, entry={"policy": variants["both"]}, int8=True, variants=variants)
+    assert [ours[name] for name in variants] == [patched[name] for name in variants]
+    assert ours["sere"] != ours["both"]
+    for result in (patched, ours):
+        assert "Using CPU Int8 MoE backend" in result["log"]
 
 
 @pytest.mark.parametrize(

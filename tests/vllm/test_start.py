@@ -10,9 +10,6 @@ import moe_fx
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-LOADED, SAVED = "Directly load AOT compilation", "saved AOT compiled function"
-
-
 def artifact_of(folder, tmp_path, seed=0, **site):
     """A copy of the model's artifact with something changed, at one path."""
     given = moe_fx.Artifact.load(folder.with_suffix(".moe.safetensors"))
@@ -20,24 +17,31 @@ def artifact_of(folder, tmp_path, seed=0, **site):
     return str(moe_fx.Artifact(sites).save(tmp_path / "changed.moe.safetensors"))
 
 
+def place_of(result):
+    """Where vLLM keeps the compiled graph: the same place for the same key."""
+    found = re.findall(r"saved AOT compiled function to (\S+)|Directly load AOT compilation from path (\S+)", result["log"])
+    (place,) = set(found)
+    return "".join(place)
+
+
 def test_the_compile_cache_follows_the_policy(models, run_engine, tmp_path):
-    """The same settings load what was compiled; another threshold, or another artifact at the same path, does not."""
+    """The same settings find what was compiled; another threshold, or another artifact at the same path, does not.
+
+    (The CPU engine of vLLM 0.32 then fails to load what it finds, ours or its own, and compiles again.)
+    """
     folder = models("qwen3_moe")
-    environment = {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}
     sere = {"name": "sere", "artifact": artifact_of(folder, tmp_path), "primary": 1}
 
     def start(policy):
-        return run_engine(folder, entry={"policy": policy}, environment=environment)
+        return run_engine(folder, entry={"policy": policy})
 
     first, second, threshold = start(sere), start(sere), start({**sere, "threshold": 0.7})
-    generator = torch.Generator().manual_seed(9)
-    artifact_of(folder, tmp_path, similarity=torch.rand(16, 16, generator=generator))
+    artifact_of(folder, tmp_path, similarity=torch.rand(16, 16, generator=torch.Generator().manual_seed(9)))
     artifact = start(sere)
-    assert [LOADED in r["log"] for r in (first, second, threshold, artifact)] == [False, True, False, False]
-    assert [SAVED in r["log"] for r in (first, second, threshold, artifact)] == [True, False, True, True]
+    assert place_of(first) == place_of(second)
+    assert len({place_of(r) for r in (first, threshold, artifact)}) == 3
     assert first["started"] == second["started"]
     assert len({json.dumps(r["started"]) for r in (first, threshold, artifact)}) == 3
-    assert "2 of 2 MoE layers run SERE(primary=1, threshold=0.0)" in second["log"]  # although nothing was rewritten in it
 
 
 @pytest.mark.parametrize(
@@ -95,8 +99,25 @@ def test_two_ranks_route_alike(models, run_engine):
     artifact = str(folder.with_suffix(".moe.safetensors"))
     entry = {"policy": [{"name": "beam", "artifact": artifact}, {"name": "sere", "artifact": artifact, "primary": 1}]}
     alone = run_engine(folder, entry=entry)["started"]
-    two = run_engine(folder, entry=entry, engine={"tensor_parallel_size": 2}, watch=True)
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    two = run_engine(folder, entry=entry, engine={"tensor_parallel_size": 2}, watch=True, environment=environment)
     first, second = two["saw"]
     assert first == second
     assert len(first) > 8
     assert two["started"] == alone
+
+
+@pytest.mark.parametrize(("processes", "most_steps"), [("0", 2 * 8), ("1", 7 * 8)])
+def test_stats_count_what_requests_did(models, run_engine, processes, most_steps):
+    """In one process and in several; the warm-up's forward, in which every token is a dummy, does not count."""
+    folder = models("qwen3_moe")
+    artifact = str(folder.with_suffix(".moe.safetensors"))
+    policy = [{"name": "beam", "artifact": artifact}, {"name": "sere", "artifact": artifact, "primary": 1}]
+    entry = {"policy": policy, "stats": True}
+    result = run_engine(folder, entry=entry, environment={"VLLM_ENABLE_V1_MULTIPROCESSING": processes})
+    assert set(result["stats"]) == {"model.layers.0.mlp.experts", "model.layers.1.mlp.experts"}
+    for steps, before, active, off in result["stats"].values():
+        # two rounds of eight tokens; an engine in another process may begin before it has all seven prompts
+        assert 2 * 8 <= steps <= most_steps
+        assert 1 <= active < before <= 16
+        assert 0 < off < 4 * 24
