@@ -343,3 +343,27 @@ def fused_experts(
             return hidden.new_zeros(hidden.shape[0], w_down.shape[1])
         result = _call(_sum_of_picks, (), (*found, topk_weights)) if layer.is_compiled else None
         return _bagged(*found, topk_weights) if result is None else result
+
+
+def experts_by_pick(
+    hidden: Tensor, w_gate_up: Tensor, w_down: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+    b_gate_up: Tensor | None = None, b_down: Tensor | None = None, activation: str = "silu", gated: str = "concatenated",
+    transposed: bool = False, alpha: float = 1.702, limit: float | None = None,
+) -> Tensor:  # fmt: skip
+    """See ``reference.fused_experts``: for few picks, all on, in a graph that Inductor compiles; ``transposed`` is False.
+
+    A product with one column is what Inductor makes a sum, without copying the weights.
+    """
+    tokens, picks = topk_ids.shape
+    ids = topk_ids.flatten()
+    rows = hidden.unsqueeze(1).expand(-1, picks, -1).reshape(tokens * picks, -1, 1)
+    gate_up = torch.bmm(w_gate_up[ids], rows).squeeze(-1)
+    if b_gate_up is not None:
+        gate_up = gate_up + b_gate_up[ids]
+    inner = reference.activate_gate_up(gate_up, activation, gated, alpha, limit)
+    outputs = torch.bmm(w_down[ids], inner.unsqueeze(-1)).squeeze(-1)
+    if b_down is not None:
+        outputs = outputs + b_down[ids]
+    wide = torch.float64 if outputs.dtype == torch.float64 else torch.float32  # promote_types would be traced
+    weighted = outputs.view(tokens, picks, -1).to(wide) * topk_weights.unsqueeze(-1).to(wide)
+    return weighted.sum(1).to(hidden.dtype)

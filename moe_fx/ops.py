@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moe_fx.kernels import baselines, cpu, experts_cpu, reference
+from moe_fx.kernels.experts_cpu import experts_by_pick as experts_by_pick  # what passes write into a graph, they take from here
 
 # Checks: of dtypes and shapes only, so that they hold for fake tensors too and never wait for a device.
 

@@ -34,6 +34,7 @@ from moe_fx.passes.meanings import (
     Hot,
     Ids,
     Lone,
+    Never,
     Numbers,
     One,
     Order,
@@ -414,6 +415,32 @@ def _index_add(interpreter: _Interpreter, node: Node) -> Any:
     starts_at_zero = op(into) in ("zeros", "zeros_like", "new_zeros") and argument(node, "alpha", 4, 1) == 1
     fits = isinstance(by, Tokens) and isinstance(rows, Rows) and by.order == rows.order and dim == 0
     return Output(rows.expression) if fits and starts_at_zero else None
+
+
+def _past_experts(interpreter: _Interpreter, node: Node) -> Any:
+    """ids >= E, ids > E - 1: nowhere."""
+    least = node.args[1] if op(node) == "ge" else node.args[1] + 1 if isinstance(node.args[1], int) else None
+    never = isinstance(least, int) and least >= interpreter.num_experts
+    return Never() if never and isinstance(interpreter.meaning(node.args[0]), Ids) else None
+
+
+def _masked_fill(interpreter: _Interpreter, node: Node) -> Any:
+    """Filled nowhere."""
+    return interpreter.meaning(node.args[0]) if interpreter.meaning(node.args[1]) == Never() else None
+
+
+def _clamp(interpreter: _Interpreter, node: Node) -> Any:
+    """clamp(ids, 0, E - 1) = ids."""
+    ids = interpreter.meaning(node.args[0])
+    if not isinstance(ids, Ids):
+        return _elementwise(interpreter, node)
+    name = op(node)
+    low = None if name == "clamp_max" else argument(node, "min", 1)
+    high = argument(node, "max", 1) if name == "clamp_max" else None if name == "clamp_min" else argument(node, "max", 2)
+    keeps = (low is None or (isinstance(low, int) and low <= 0)) and (
+        high is None or (isinstance(high, int) and high >= interpreter.num_experts - 1)
+    )
+    return ids if keeps else None
 
 
 def _elementwise(interpreter: _Interpreter, node: Node) -> Any:
@@ -878,7 +905,10 @@ _RULES: dict[str, Callable[[_Interpreter, Node], Any]] = {
     "arange": lambda interpreter, node: Enumeration() if len(node.args) == 1 else None,
     "sum": _sum,
     "index_add": _index_add,
-    **dict.fromkeys("mul add silu gelu relu sigmoid square pow clamp clamp_min clamp_max".split(), _elementwise),
+    **dict.fromkeys(("ge", "gt"), _past_experts),
+    "masked_fill": _masked_fill,
+    **dict.fromkeys(("clamp", "clamp_min", "clamp_max"), _clamp),
+    **dict.fromkeys("mul add silu gelu relu sigmoid square pow".split(), _elementwise),
 }
 #: Ops that prepare the experts' input before the routing decision is read, so that they stand outside the region.
 _PREPARES = frozenset("repeat_interleave expand repeat arange zeros zeros_like new_zeros select unbind".split()) | (

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import Node
 
-from moe_fx.kernels.reference import activate_gate_up
+from moe_fx.ops import experts_by_pick
 from moe_fx.passes import graph as g
 
 MOST_TOKENS = 4  # from 8 tokens on the op is faster: measured with 64 experts, 8 picks, in bfloat16
@@ -52,7 +52,7 @@ def _write_out(graph: fx.Graph, node: Node) -> None:
     def by_pick(*values: Tensor) -> Tensor:
         found = iter(values)
         args: list[Any] = [next(found) if isinstance(a, Node) else a for a in node.args]
-        return _by_pick(*args)
+        return experts_by_pick(*args)
 
     with g.fake(given[0]).fake_mode:
         body = make_fx(by_pick, pre_dispatch=True)(*map(g.fake, given))
@@ -64,27 +64,3 @@ def _write_out(graph: fx.Graph, node: Node) -> None:
     (result,) = body.graph.output_node().all_input_nodes
     node.replace_all_uses_with(copies[result])
     graph.erase_node(node)
-
-
-def _by_pick(
-    hidden: Tensor, w_gate_up: Tensor, w_down: Tensor, topk_weights: Tensor, topk_ids: Tensor,
-    b_gate_up: Tensor | None = None, b_down: Tensor | None = None, activation: str = "silu", gated: str = "concatenated",
-    transposed: bool = False, alpha: float = 1.702, limit: float | None = None,
-) -> Tensor:  # fmt: skip
-    """See ``reference.fused_experts``, of which this leaves ``transposed`` out.
-
-    A product with one column is what Inductor makes a sum, without copying the weights.
-    """
-    tokens, picks = topk_ids.shape
-    ids = topk_ids.flatten()
-    rows = hidden.unsqueeze(1).expand(-1, picks, -1).reshape(tokens * picks, -1, 1)
-    gate_up = torch.bmm(w_gate_up[ids], rows).squeeze(-1)
-    if b_gate_up is not None:
-        gate_up = gate_up + b_gate_up[ids]
-    inner = activate_gate_up(gate_up, activation, gated, alpha, limit)
-    outputs = torch.bmm(w_down[ids], inner.unsqueeze(-1)).squeeze(-1)
-    if b_down is not None:
-        outputs = outputs + b_down[ids]
-    wide = torch.float64 if outputs.dtype == torch.float64 else torch.float32  # promote_types would be traced
-    weighted = outputs.view(tokens, picks, -1).to(wide) * topk_weights.unsqueeze(-1).to(wide)
-    return weighted.sum(1).to(hidden.dtype)

@@ -148,6 +148,11 @@ class Zero:
 
 
 @dataclass(frozen=True)
+class Never:
+    """A mask that is true nowhere: no id of the router's lies past its experts."""
+
+
+@dataclass(frozen=True)
 class Empty:
     """Memory not yet written."""
 

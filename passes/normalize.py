@@ -9,7 +9,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import Node
 
-from moe_fx.passes.graph import RESHAPES, dtype, is_float, op, value
+from moe_fx.passes.graph import CASTS, RESHAPES, dtype, is_float, op, value
 
 
 class NormalizeError(RuntimeError):
@@ -146,6 +146,8 @@ def _unaliased_root(view: Node) -> bool:
 def _returns_alias(node: Node) -> bool:
     """Whether an output of the node may share memory with one of its inputs."""
     target = node.target
+    if op(node) in CASTS and node.args and dtype(node) != dtype(node.args[0]):
+        return False  # other numbers need other memory
     if isinstance(target, torch._ops.OpOverload):
         return any(r.alias_info is not None for r in target._schema.returns) or target.name() in _MAYBE_VIEWS
     # getitem of a multi-output functional op (topk) is a value of its own; of a view op (chunk), an alias

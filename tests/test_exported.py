@@ -34,7 +34,7 @@ def policies(name: str) -> dict[str, Any]:
 @pytest.fixture(scope="module", params=["qwen3_moe", "deepseek_v3", "gpt_oss"])
 def exported(request: pytest.FixtureRequest) -> tuple[str, Logits, Any]:
     module = Logits(request.param)
-    lengths = {"ids": {1: torch.export.Dim("length", min=2, max=64)}}
+    lengths = {"ids": {1: torch.export.Dim.AUTO}}  # a named one meets a guard of attention that torch 2.11 cannot prove
     with torch.no_grad():
         return request.param, module, torch.export.export(module, (tiny.tokens()["input_ids"],), dynamic_shapes=lengths)
 

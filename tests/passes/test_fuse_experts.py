@@ -91,6 +91,24 @@ class Sorted(Batched):
         return torch.zeros_like(x).index_add(0, tokens, out * weights.flatten()[order].unsqueeze(-1))
 
 
+class Guarded(Batched):
+    """Ids past the experts are clamped, in place, and their rows are zeroed: there are none, unless ``last`` is smaller."""
+
+    def __init__(self, last: int = E - 1, **layout: bool) -> None:
+        super().__init__(**layout)
+        self.last = last
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x).softmax(-1).topk(K)
+        chosen, order = ids.flatten().sort()
+        tokens = order // K
+        past = (chosen >= self.last + 1).unsqueeze(-1)
+        chosen.clamp_(max=self.last)
+        gate, up = self.split(self.times(self.gate_up, self.gate_up_bias, chosen, x[tokens].masked_fill(past, 0.0)))
+        out = self.times(self.down, self.down_bias, chosen, self.act(gate, up)).masked_fill(past, 0.0)
+        return torch.zeros_like(x).index_add(0, tokens, out * weights.flatten()[order].unsqueeze(-1))
+
+
 KNOWN: dict[str, Batched] = {
     "silu": Batched(),
     "up first": Batched(lambda g, u: u * F.silu(g)),
@@ -110,6 +128,7 @@ KNOWN: dict[str, Batched] = {
     "ungated gelu": Batched(lambda g, u: F.gelu(g), layout="none"),
     "expanded rows": Expanded(),
     "sorted": Sorted(bias=True),
+    "guarded": Guarded(bias=True),
 }
 
 
@@ -251,6 +270,7 @@ class OtherRow(Batched):
 
 
 UNKNOWN: dict[str, Batched] = {
+    "last expert masked": Guarded(last=E - 2),
     "residual": Residual(),
     "weighs the input": WeighedInput(),
     "a scale for each expert": ScaledExperts(),
