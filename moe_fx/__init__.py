@@ -50,7 +50,7 @@ _LAZY = {
 }
 
 
-_SUBPACKAGES = ("vllm",)
+_SUBPACKAGES = ("beam", "vllm")
 
 
 def __getattr__(name: str) -> object:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import hashlib
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import moe_fx
-from moe_fx import inputs, report
+from moe_fx import beam, inputs, report
 from moe_fx.artifacts import Artifact, ArtifactError
 from moe_fx.backend import OptionError, explain, last_report
 from moe_fx.calibrate import CalibrationError
@@ -34,7 +35,8 @@ from moe_fx.pipeline import UnrewrittenError
 from moe_fx.policy import BEAM, NAEE, OEA, SERE, Drop, ExFold, Policy, PolicyError, SmallerK, StaticPrune, TopK, TopP, from_config
 from moe_fx.tune import Limit, TuneError, tune
 
-_EXPECTED = (InputError, ArtifactError, CalibrationError, EvaluationError, TuneError, PolicyError, OptionError, UnrewrittenError)
+_EXPECTED = (InputError, ArtifactError, CalibrationError, EvaluationError, TuneError, PolicyError, OptionError, UnrewrittenError,
+             beam.BeamError)  # fmt: skip
 _STABLE_SPREAD = 0.02  # the standard error of a similarity above which more tokens are advised
 
 app = typer.Typer(help="Know and tune your Mixture-of-Experts model.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -72,9 +74,9 @@ def _command(function: Callable[..., dict[str, Any]]) -> Callable[..., None]:
         as_json = bool(kwargs.get("as_json"))
         warnings.filterwarnings("ignore", module=r"torch\..*")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        _quiet_transformers()
         try:
-            with _unwrapped():
+            with _unwrapped(), _named_extra():
+                _quiet_transformers()
                 result = function(*args, **kwargs)
         except _EXPECTED as error:
             if as_json:
@@ -98,6 +100,17 @@ def _unwrapped() -> Iterator[None]:
         yield
     except torch._dynamo.exc.BackendCompilerFailed as error:
         raise error.inner_exception from None
+
+
+@contextmanager
+def _named_extra() -> Iterator[None]:
+    """What to install where a library that only some commands need is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in ("transformers", "matplotlib"):
+            raise
+        raise InputError(f"this command needs {error.name}: pip install 'moe-fx[cli]'") from None
 
 
 def _quiet_transformers() -> None:
@@ -161,7 +174,8 @@ def calibrate(
         documents = inputs.tokenized(inputs.read_documents([Path(d) for d in data]), tokenizer)
         batches = inputs.calibration_batches(documents, tokens, length, rows, seed)
     moved = [{key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()} for batch in batches]
-    partial = out.with_name(out.name + f".{metric.value}-{seed}-{tokens}.partial")
+    read = hashlib.sha256(b"".join(batch["input_ids"].numpy().tobytes() for batch in batches)).hexdigest()[:12]
+    partial = out.with_name(f"{out.name}.{read}.partial")  # another text or seed begins anew
     with _progress("calibrate", len(moved), as_json) as advance:
         artifact = moe_fx.calibrate(
             net, _counted(moved, advance), metric=metric.value, folds=folds, noise_seed=seed if no_data else None,
@@ -277,7 +291,7 @@ def evaluate(
     """Measure what policies cost, the way a server decodes: different texts together, one token each a step."""
     net, tokenizer = inputs.load_model(model, device, dtype)
     table = None if artifact is None else Artifact.load(artifact).validate(net)
-    named = [(text, _policy(text, table)) for text in policy or []]
+    named = _distinctly_named(policy or [], table)
     documents = inputs.tokenized(inputs.read_documents([Path(d) for d in data]), tokenizer)
     rows: list[dict[str, Any]] = []
     for size in batch or [16]:
@@ -339,6 +353,14 @@ def comparison(artifact: Artifact | None, top_k: int, num_experts: int) -> list[
         keeps = [num_experts * quarters // 4 for quarters in (1, 2, 3)]
         chosen += [StaticPrune(artifact, keep) for keep in keeps if keep >= top_k]
     return chosen
+
+
+def _distinctly_named(texts: Sequence[str], artifact: Artifact | None) -> list[tuple[str, tuple[Policy, ...]]]:
+    """Each policy under its own description, with the text it was given as where two would be called the same."""
+    made = [(text, _policy(text, artifact)) for text in texts]
+    named = [(" + ".join(p.describe() for p in policies), text, policies) for text, policies in made]
+    called = [name for name, _, _ in named]
+    return [(f"{name} {text}" if called.count(name) > 1 else name, policies) for name, text, policies in named]
 
 
 def _policy(text: str, artifact: Artifact | None) -> tuple[Policy, ...]:
@@ -459,6 +481,130 @@ def _limit(max_kl: float | None, max_ppl_increase: str | None) -> Limit:
     if not 0 < share < math.inf:
         raise InputError(f"--max-ppl-increase is '{max_ppl_increase}', expected more than 0")
     return Limit(max_ppl_increase=share)
+
+
+# --------------------------------------------------------------------------------------------------- train-beam
+
+
+class Freeze(StrEnum):
+    """What does not learn beside the masks."""
+
+    masks_only = "masks-only"
+    router = "router"
+    none = "none"
+
+
+@app.command(name="train-beam")
+@_command
+def train_beam(
+    model: Model,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="The artifact to write, such as model.moe.safetensors.")],
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 200,
+    beta: Annotated[float, typer.Option(help="Weight of the regularizer, which switches picks off.")] = 0.1,
+    target_picks: Annotated[float | None, typer.Option(help="Steer beta towards this many picks per token.")] = None,
+    freeze: Annotated[
+        Freeze, typer.Option(help="masks-only: nothing but the masks learns; router: all but the routers; none: everything.")
+    ] = Freeze.masks_only,
+    distill: Annotated[float, typer.Option(help="Weight of the KL divergence from the full model, beside the loss.")] = 0.0,
+    learning_rate: Annotated[float, typer.Option(help="Of the masks.")] = 1e-3,
+    model_learning_rate: Annotated[float, typer.Option(help="Of what else learns.")] = 1e-5,
+    rows: Annotated[int, typer.Option(min=1, help="Texts in one forward.")] = 8,
+    accumulate: Annotated[int, typer.Option(min=1, help="Forwards in one step.")] = 1,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of one text.")] = 128,
+    held_out: Annotated[int, typer.Option(min=1, help="Texts that are kept out of training, to judge by.")] = 32,
+    every: Annotated[int, typer.Option(min=1, help="Steps from one checkpoint and evaluation to the next.")] = 50,
+    init: Annotated[Path | None, typer.Option(help="An artifact whose masks to start from. Default: zeros.")] = None,
+    artifact: ArtifactOption = None,
+    model_out: Annotated[Path | None, typer.Option(help="Folder for the model, where more than the masks learns.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew, even where there is a checkpoint.")] = False,
+    checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")] = False,
+    autocast: Annotated[bool, typer.Option("--autocast", help="Forwards in bfloat16 autocast.")] = False,
+    seed: Annotated[int, typer.Option(help="The order of the texts.")] = 0,
+    plot: Plot = None,
+    inner: Inner = "eager",
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    as_json: AsJson = False,
+) -> dict[str, Any]:
+    """Train masks that switch picks off, and write them as an artifact.  Stopped, it goes on after its last checkpoint.
+
+    --artifact names a calibrated file whose tables go into --out, so that one file serves BEAM and SERE together.
+    """
+    if not out.expanduser().parent.is_dir():
+        raise ArtifactError(f"cannot save to {out}: there is no directory {out.parent}; create it first")
+    if freeze is not Freeze.masks_only and model_out is None:
+        raise beam.BeamError(f"--freeze {freeze.value} changes the model's own weights: say with --model-out where to keep them")
+    recipe = beam.Recipe(
+        steps=steps, beta=beta, target_picks=target_picks, freeze=freeze.value, distill=distill, learning_rate=learning_rate,
+        model_learning_rate=model_learning_rate, rows=rows, accumulate=accumulate, autocast=autocast, seed=seed,
+    )  # fmt: skip
+    net, tokenizer = inputs.load_model(model, device, dtype)
+    _make_trainable(net)
+    start, base = (None if path is None else Artifact.load(path).validate(net) for path in (init, artifact))
+    texts = _texts_to_train_on(data, tokenizer, length, seed)
+    if len(texts) <= held_out + rows:
+        raise InputError(f"the data have {len(texts)} texts of {length} tokens, and {held_out} are held out: give more, or a "
+                         "smaller --length or --held-out")  # fmt: skip
+    checkpoint = out.with_name(out.name + ".checkpoint")
+    if fresh:
+        checkpoint.unlink(missing_ok=True)
+    with _progress("train-beam", steps, as_json) as advance, beam.gradient_checkpointing(net, checkpointing):
+        trained = beam.train(
+            net, texts[held_out:], recipe, held_out=texts[:held_out], evaluate_every=every, base=base, inner=inner,
+            policy=BEAM(start, train=True), checkpoint=checkpoint, checkpoint_every=every,
+            advance=lambda now: advance(now.step, _training_state(now)),
+        )  # fmt: skip
+    made = {"calibrated_on": data, "command": "moe-fx " + " ".join(sys.argv[1:])}
+    result = Artifact(trained.artifact.sites, {**trained.artifact.metadata, **made})
+    result.save(out)
+    if model_out is not None:
+        net.save_pretrained(model_out)  # type: ignore[operator]
+        tokenizer.save_pretrained(model_out)
+    if plot is not None:
+        report.draw_training(plot, trained.history, trained.full_loss)
+    last = trained.history[-1]
+    if not as_json:
+        _stdout().print(_training_table(trained.history, trained.full_loss))
+        _stdout().print(f"Written: {out}; use it as BEAM('{out}'), or: moe-fx eval ... --artifact {out} --policy beam")
+    return {"artifact": str(out), "steps": last["step"], "picks": last["picks"], "loss": last["loss"], "beta": last["beta"],
+            "held_out_loss": last["held_out"], "held_out_picks": last["held_out_picks"], "full_loss": trained.full_loss,
+            "digest": result.digest, "plot": str(plot) if plot else None}  # fmt: skip
+
+
+def _make_trainable(net: nn.Module) -> None:
+    """Off a GPU, the experts that train in one graph: the gradients of others are slow there, or break it."""
+    import moe_fx.hf
+
+    if next(net.parameters()).device.type == "cpu" and hasattr(net, "set_experts_implementation"):
+        net.set_experts_implementation(moe_fx.hf.NAME)  # type: ignore[operator]
+
+
+def _texts_to_train_on(data: list[str], tokenizer: Any, length: int, seed: int) -> Tensor:
+    """All whole windows of ``length`` tokens, [N, length], in an order drawn by ``seed``."""
+    documents = inputs.tokenized(inputs.read_documents([Path(d) for d in data]), tokenizer)
+    found = [w for document in documents for w in document.split(length) if len(w) == length]
+    if not found:
+        raise InputError(f"no text in the data has {length} tokens: give longer texts or a smaller --length")
+    return torch.stack(found)[torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))]
+
+
+def _training_state(now: beam.Progress) -> str:
+    by_layer = list(now.picks.values())
+    shown = " ".join(f"{picks:.1f}" for picks in by_layer[:8]) + (" ..." if len(by_layer) > 8 else "")
+    picks, speed = f"picks {now.mean_picks:.2f} ({shown})", f"{now.tokens_per_second:,.0f} tokens/s"
+    return f"loss {now.loss:.3f}, {picks}, beta {now.beta:.3g}, {speed}"
+
+
+def _training_table(history: Sequence[dict[str, Any]], full_loss: float | None) -> Table:
+    title = "held-out texts" + ("" if full_loss is None else f"; the full model's loss is {full_loss:.4f}")
+    table = Table("step", "picks per token", "loss", "above full", "beta", title=title, title_justify="left")
+    for row in history:
+        if row["held_out"] is not None:
+            above = "" if full_loss is None else f"{row['held_out'] - full_loss:+.4f}"
+            shown = (f"{row['held_out_picks']:.2f}", f"{row['held_out']:.4f}", above, f"{row['beta']:.3g}")
+            table.add_row(str(row["step"]), *shown)
+    return table
 
 
 # -------------------------------------------------------------------------------------------------------- bench

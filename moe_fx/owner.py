@@ -93,13 +93,18 @@ def _layers_in(root: nn.Module, tensor: Tensor | None, relative: str) -> Layers 
     if not full.endswith("." + relative):
         return None
     prefix = full.removesuffix("." + relative)
-    kind = type(_submodule(root, prefix))
+    kind = _kinds(root, prefix, relative)
     twins = [
         normal_name(name) for name, p in tensors(root)
         if normal_name(name).endswith("." + relative) and p.shape == tensor.shape
     ]  # fmt: skip
     prefixes = [t.removesuffix("." + relative) for t in twins]
-    return Layers(tuple(p for p in prefixes if type(_submodule(root, p)) is kind), shared=True)
+    return Layers(tuple(p for p in prefixes if _kinds(root, p, relative) == kind), shared=True)
+
+
+def _kinds(root: nn.Module, prefix: str, relative: str) -> list[type]:
+    """The classes of a layer and of what owns its router's weight: layers may route in another way with equal names."""
+    return [type(_submodule(root, path)) for path in (prefix, f"{prefix}.{relative}".rpartition(".")[0])]
 
 
 def _submodule(root: nn.Module, path: str) -> nn.Module | None:

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moe_fx.artifacts import Artifact
 from moe_fx.site import normal_name
@@ -175,6 +176,7 @@ class BEAM(Policy):
             raise PolicyError(f"BEAM's train must be True or False, but got {_show(self.train)}")
         _set(self, "artifact", _artifact(self))
         _set(self, "_masks", {})
+        _set(self, "_seen", {})
 
     def __eq__(self, other: object) -> bool:
         """By value, but a policy that trains is only itself: its masks are state that no two policies share."""
@@ -203,6 +205,62 @@ class BEAM(Policy):
     def parameters(self) -> list[nn.Parameter]:
         """The mask routers being trained, for an optimiser.  They come into being when the model is first compiled."""
         return list(self._masks.values())  # type: ignore[attr-defined]
+
+    def masks(self) -> dict[str, nn.Parameter]:
+        """The mask routers being trained, [E, H] each, by site."""
+        return dict(self._masks)  # type: ignore[attr-defined]
+
+    def see(self, logits: Mapping[str, Sequence[Tensor]]) -> None:
+        """Take note of the mask logits [T, K] at the picks of a forward: called by the graphs that compute them."""
+        # a site that ran twice in one graph has two tensors
+        joined = {site: parts[0] if len(parts) == 1 else torch.cat(list(parts)) for site, parts in logits.items()}
+        self._seen.update(joined)  # type: ignore[attr-defined]
+
+    def mask_logits(self) -> dict[str, Tensor]:
+        """The mask logits of the last forward at its top-K picks, [T, K] float32 by site, with their gradient.
+
+        Raises:
+            PolicyError: the policy does not train, or there was no forward yet.
+        """
+        seen: dict[str, Tensor] = self._seen  # type: ignore[attr-defined]
+        if not self.train or not seen:
+            why = "there was no forward of a compiled model yet" if self.train else "its train is False"
+            raise PolicyError(f"this BEAM has no mask logits, because {why}: they belong to the last forward in training")
+        return dict(seen)
+
+    def regularizers(self) -> dict[str, Tensor]:
+        """Of the last forward, by site: the mean of sigmoid(mask logit) over the top-K picks, a scalar with its gradient.
+
+        Raises:
+            PolicyError: see ``mask_logits``.
+        """
+        return {site: logits.sigmoid().mean() for site, logits in self.mask_logits().items()}
+
+    def regularizer(self) -> Tensor:
+        """Of the last forward: the mean of sigmoid(mask logit) over the top-K picks of all sites, a scalar with its gradient.
+
+        BEAM's loss is that of the language model plus beta times this (arXiv 2605.14438): the L1 norm of the continuous
+        masks.  Each forward has its own: with gradient accumulation, add it to the loss of each before its backward.
+
+        Raises:
+            PolicyError: see ``mask_logits``.
+        """
+        logits = list(self.mask_logits().values())
+        total = sum(site.sigmoid().sum().to(logits[0].device) for site in logits)
+        return total / sum(site.numel() for site in logits)  # type: ignore[return-value]
+
+    def picks(self) -> dict[str, float]:
+        """Of the last forward, by site: how many picks of a token are on, on average.  Reading it waits for the device.
+
+        Raises:
+            PolicyError: see ``mask_logits``.
+        """
+        least = math.log(self.tau / (1 - self.tau))
+        seen = self.mask_logits()
+        return {site: float((x >= least).sum()) / max(1, x.shape[0]) for site, x in seen.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_seen": {}}  # what a forward left cannot be copied with its gradient
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,30 @@ def draw_pareto(path: Path, rows: Sequence[Mapping[str, Any]], front: Sequence[s
     _save(figure, path)
 
 
+def draw_training(path: Path, history: Sequence[Mapping[str, Any]], full_loss: float | None) -> None:
+    """Picks of each layer as training goes on, and held-out loss against picks."""
+    plt = _pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    for site in history[-1]["picks"]:
+        left.plot([row["step"] for row in history], [row["picks"][site] for row in history], label=site, linewidth=1)
+    left.set_xlabel("step")
+    left.set_ylabel("picks per token that are on")
+    if len(history[-1]["picks"]) <= 12:
+        left.legend(fontsize=7)
+    judged = [row for row in history if row["held_out"] is not None]
+    right.plot([row["held_out_picks"] for row in judged], [row["held_out"] for row in judged], "o-")
+    for row in judged:
+        right.annotate(str(row["step"]), (row["held_out_picks"], row["held_out"]), (4, 4), textcoords="offset points", fontsize=7)
+    if full_loss is not None:
+        right.axhline(full_loss, linestyle="--", color="grey", label="full model")
+        right.legend()
+    right.set_xlabel("mean picks per token (numbers are steps)")
+    right.set_ylabel("held-out loss, nats per token")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
 def draw_similarity(path: Path, artifact: Artifact) -> None:
     """A heat map of each layer's similarities, and how similar each expert's best match is: critical experts have none."""
     plt = _pyplot()

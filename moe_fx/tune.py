@@ -2,16 +2,16 @@
 
 One decoding of the full model records every routing decision; what any (S, threshold) would do to a layer, how many experts
 stay active and how much its output moves, is then computed from the record and the similarities without running the model.
-What a movement costs in quality differs from layer to layer: it is measured once per layer, by decoding with SERE in that
-layer alone.  The rest is a choice of one point per layer with the fewest active experts for a given sum of predicted costs,
-checked by decoding with it.
+What a movement costs in quality differs from layer to layer, and is not quite proportional to it: it is measured at a few
+points of each layer, by decoding with SERE in that layer alone, and scaled from the nearest of them elsewhere.  The rest is a
+choice of one point per layer with the fewest active experts for a given sum of costs, checked by decoding with it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from moe_fx.policy import SERE
 from moe_fx.site import normal_name
 
 _QUANTILES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 0.95)  # of the similarities at which picks move, for thresholds
+_MEASUREMENTS = 48  # of single points in all; a model of many layers gets two in each
 _CHECKS = 8  # policies by layer that are measured before the best of them is taken
 
 
@@ -90,7 +91,6 @@ def tune(
     limit: Limit,
     *,
     evaluator: Evaluator | None = None,
-    anchors: Sequence[int] = (1, 2),
 ) -> Tuned:
     """Find S and the threshold of every site that keep within ``limit`` with the fewest active experts.
 
@@ -100,13 +100,12 @@ def tune(
         texts: what to decode; other texts than those the result is judged on.
         limit: what quality may be lost on these texts.
         evaluator: one that has decoded ``texts`` already.
-        anchors: S of the measurements in one layer alone; two per layer by default.
 
     Raises:
         TuneError: nothing that was tried keeps within the limit.
     """
     evaluator = evaluator or Evaluator(model, texts)
-    search = _Search(evaluator, artifact, limit, record(model, texts), tuple(anchors))
+    search = _Search(evaluator, artifact, limit, record(model, texts))
     search.measure_layers()
     best_global = search.best_global()
     search.by_layer()
@@ -137,9 +136,9 @@ class _Search:
     artifact: Artifact
     limit: Limit
     decisions: Mapping[str, list[tuple[Tensor, Tensor]]]
-    anchors: tuple[int, ...]
     points: dict[str, list[Point]] = field(default_factory=dict)
     tried: list[Evaluation] = field(default_factory=list)
+    predicted: float = 0.0  # the cost predicted for the best single (S, threshold): what choices by layer start from
 
     @property
     def top_k(self) -> int:
@@ -149,20 +148,19 @@ class _Search:
         return self.limit.spent(evaluation, self.evaluator.full) <= self.limit.nats
 
     def measure_layers(self) -> None:
-        """Predict every point of every site, each site's cost scaled by what decoding with it alone shows."""
+        """Predict every point of every site, with costs from what decoding with some of them alone shows."""
+        count = max(2, _MEASUREMENTS // len(self.decisions))
         for site, steps in self.decisions.items():
             distances = squared_distances(self.artifact, site)
-            similarity = self.artifact.sites[site]["similarity"]
-            points = list(predict(steps, similarity, distances))
-            scales = {s: self._scale(site, points, s) for s in self.anchors if s < self.top_k}
-            self.points[site] = [_priced(point, scales) for point in points]
+            points = list(predict(steps, self.artifact.sites[site]["similarity"], distances))
+            measured = [self._alone(site, point) for point in spaced(front([p for p in points if p.movement > 0]), count)]
+            self.points[site] = [_priced(point, measured) for point in points]
 
-    def _scale(self, site: str, points: list[Point], primary: int) -> float:
-        """KL per movement at one site, from SERE in that layer alone."""
-        alone = SERE(self.artifact, primary=self.top_k, layers=((site, primary, 0.0),))
-        movement = next(p.movement for p in points if (p.primary, p.threshold) == (primary, 0.0))
-        kl = self.evaluator.evaluate(f"{site} alone, S={primary}", alone).kl
-        return max(kl, 1e-9) / max(movement, 1e-12)
+    def _alone(self, site: str, point: Point) -> Point:
+        """A point with the KL divergence of SERE at that point of one site, and the exact model elsewhere."""
+        policy = SERE(self.artifact, primary=self.top_k, layers=((site, point.primary, point.threshold),))
+        kl = self.evaluator.evaluate(f"{site} alone, S={point.primary}, threshold {point.threshold:g}", policy).kl
+        return replace(point, cost=max(kl, 0.0))
 
     def best_global(self) -> Evaluation | None:
         """The best single (S, threshold), of those predicted to come near the limit."""
@@ -172,17 +170,18 @@ class _Search:
             for threshold in thresholds:
                 nearest = [_nearest(points, primary, threshold) for points in self.points.values()]
                 ranked.append((sum(p.active for p in nearest), sum(p.cost for p in nearest), primary, threshold))
-        front = [r for r in ranked if not any(o[0] < r[0] and o[1] < r[1] for o in ranked)]
-        front.sort(key=lambda r: abs(math.log(max(r[1], 1e-9) / self.limit.nats)))
+        best = [r for r in ranked if not any(o[0] < r[0] and o[1] < r[1] for o in ranked)]
+        best.sort(key=lambda r: abs(math.log(max(r[1], 1e-9) / self.limit.nats)))
         found = [self._measure(f"S={r[2]}, threshold {r[3]:g}", SERE(self.artifact, primary=r[2], threshold=r[3]))
-                 for r in front[:_CHECKS]]  # fmt: skip
-        within = [e for e in found if self.is_within(e)]
-        return min(within, key=lambda e: e.active_experts, default=None)
+                 for r in best[:_CHECKS]]  # fmt: skip
+        within = [(e, r[1]) for e, r in zip(found, best, strict=False) if self.is_within(e)]
+        chosen, self.predicted = min(within, key=lambda pair: pair[0].active_experts, default=(None, self.limit.nats))
+        return chosen
 
     def by_layer(self) -> None:
         """Settings by layer: the prediction's scale is corrected by each measurement until the limit is met closely."""
         low, high = 0.0, math.inf  # predicted costs known to keep within the limit, and to exceed it
-        budget = self.limit.nats
+        budget = max(self.predicted, 1e-9)
         for _ in range(_CHECKS):
             policy = self._policy(budget)
             evaluation = self._measure(f"by layer, predicted {budget:.4g}", policy)
@@ -247,10 +246,28 @@ def _moved(ids: Tensor, new: Tensor, similarity: Tensor) -> Tensor:
     return similarity[ids[moves].long(), new[moves].long()]
 
 
-def _priced(point: Point, scales: Mapping[int, float]) -> Point:
-    """With the predicted KL divergence, by the anchor nearest to its S."""
-    scale = scales[min(scales, key=lambda s: abs(s - point.primary))] if scales else 1.0
-    return Point(point.primary, point.threshold, point.active, point.movement, point.movement * scale)
+def front(points: Sequence[Point]) -> list[Point]:
+    """Those that no other beats in both active experts and movement, by active experts."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.active, p.movement)):
+        if not best or point.movement < best[-1].movement:
+            best.append(point)
+    return best
+
+
+def spaced(points: Sequence[Point], count: int) -> list[Point]:
+    """At most ``count`` of the points, the first and the last among them, evenly along the list."""
+    if len(points) <= count:
+        return list(points)
+    return [points[round(i * (len(points) - 1) / (count - 1))] for i in range(count)]
+
+
+def _priced(point: Point, measured: Sequence[Point]) -> Point:
+    """With its cost, measured or in proportion to the movement of the measured point that moves most nearly as much."""
+    if point.movement == 0 or not measured:
+        return replace(point, cost=0.0)
+    near = min(measured, key=lambda m: (abs(math.log(m.movement / point.movement)), m.primary != point.primary))
+    return replace(point, cost=near.cost * point.movement / near.movement)
 
 
 def _nearest(points: Sequence[Point], primary: int, threshold: float) -> Point:

@@ -32,6 +32,7 @@ class Binder:
         self._gm = gm
         self._layers_of = layers_of
         self._roots = roots
+        self._watched: list[tuple[BEAM, str, Node]] = []
 
     def similarity(self, routing: Routing, policy: SERE) -> Node:
         """The site's similarity [E, E], float32."""
@@ -46,6 +47,17 @@ class Binder:
         if policy.artifact is None:  # zero masks keep every pick: a fresh BEAM is exactly top-K
             return self._attribute(torch.zeros(shape, device=_device(routing)), routing)
         return self._artifact_tensor(routing, policy, policy.artifact, shape)
+
+    def watch(self, routing: Routing, policy: BEAM, logits: Node) -> None:
+        """Have the graph hand the policy the mask logits at a site's picks, [T, K], at every run."""
+        (name,) = self._only_name(routing, "training mask routers")
+        self._watched.append((policy, name, logits))
+
+    def add_outputs(self) -> None:
+        """Make further outputs of what is watched.  ``watched_outputs`` tells a graph's caller whose they are."""
+        if self._watched:
+            append_outputs(self._gm, [node for _, _, node in self._watched])
+            watch_outputs(self._gm, [(policy, site) for policy, site, _ in self._watched])
 
     def sere_settings(self, routing: Routing, policy: SERE) -> tuple[int, float]:
         """S and the threshold at the site."""
@@ -120,6 +132,25 @@ class Binder:
 
     def _node(self, target: torch._ops.OpOverload, *args: Any) -> Node:
         return g.call(self._gm.graph, target, *args)
+
+
+_WATCHED = "moe_fx_watched"
+
+
+def append_outputs(gm: fx.GraphModule, nodes: list[Node]) -> None:
+    """Return some more nodes from a graph that returns a tuple."""
+    output = gm.graph.output_node()
+    output.args = ((*output.args[0], *nodes),)  # type: ignore[misc]
+
+
+def watched_outputs(gm: fx.GraphModule) -> list[tuple[BEAM, str]]:
+    """Which policy, and for which site, each of a graph's last outputs is meant for.  Asked once: the note is taken off."""
+    return gm.meta.pop(_WATCHED, [])
+
+
+def watch_outputs(gm: fx.GraphModule, watched: list[tuple[BEAM, str]]) -> None:
+    """Note that a graph's last outputs are meant for these, behind those that were noted before."""
+    gm.meta[_WATCHED] = [*gm.meta.get(_WATCHED, []), *watched]
 
 
 def _device(routing: Routing) -> torch.device:

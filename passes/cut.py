@@ -22,6 +22,11 @@ ARITHMETIC = frozenset(
     "add sub rsub mul div floor_divide remainder fmod bitwise_and bitwise_or bitwise_xor masked_fill index_put".split()
 )
 
+#: Ops that write rows or entries at places, one over the other.
+OVERWRITES = frozenset("scatter index_copy index_fill index_put".split())
+#: Ops that take some of the picks.
+PARTS = frozenset("select slice narrow getitem unbind split chunk".split())
+
 
 @dataclass(frozen=True)
 class Edge:
@@ -55,6 +60,7 @@ def find_cut(selection: Selection, router: Router, weights: Weights) -> tuple[Cu
     reason = reason or _follow_weights(selection, weight_like, dense_like, cut)
     reason = reason or _follow_dense(router, dense_like, cut)
     reason = reason or _looks_up_scores(selection, router, weights, cut)
+    reason = reason or _writes_at_ids(cut)
     if not reason and not (cut.ids or cut.dense):
         reason = "its ids are not used outside the router"
     if not reason and cut.ids and cut.dense:
@@ -89,6 +95,19 @@ def _looks_up_scores(selection: Selection, router: Router, weights: Weights, cut
     return ""
 
 
+def _writes_at_ids(cut: Cut) -> str:
+    """Two picks of one expert write to one place: after a rewrite one of them would be lost."""
+    stack = [(e.node, e.user) for e in cut.ids]
+    while stack:
+        node, user = stack.pop()
+        name = op(user)
+        if name in OVERWRITES and user.args[0] is not node and argument(user, "accumulate", 3, False) is not True:
+            return f"its ids say where something is written ({name}), where two picks of one expert would overwrite each other"
+        if name in g.ID_WISE | PARTS and user.all_input_nodes[0] is node and not is_float(user):
+            stack.extend((user, reader) for reader in user.users)
+    return ""
+
+
 def _follow_ids(
     ids: Node, router: Router, weights: Weights, cut: Cut, weight_like: set[Node], dense_like: dict[Node, str]
 ) -> str:
@@ -101,6 +120,8 @@ def _follow_ids(
         seen.add(node)
         for user in node.users:
             name = op(user)
+            if g.reads_shape_only(user, node):
+                continue
             if name in g.ID_WISE and user.args[0] is node and is_integer(user):
                 stack.append(user)
             elif _gathers_score(user, node, router, weights) and _stays_a_weight(user, node):
@@ -144,6 +165,11 @@ def _gathers_score(user: Node, ids: Node, router: Router, weights: Weights) -> b
 def _scatters_into_experts(user: Node, ids: Node, router: Router) -> bool:
     """Whether ``scatter(base, -1, ids, ...)`` marks each token's picks in a row of all experts."""
     dim, index = argument(user, "dim", 1), argument(user, "index", 2)
+    laid_out = ids
+    while op(laid_out) in g.RESHAPES | g.CASTS:
+        laid_out = laid_out.all_input_nodes[0]
+    if op(laid_out) in g.LAYOUT:
+        return False  # transposed: another token's picks may stand in a row
     return index is ids and dim in (-1, rank(user) - 1) and size(user, -1) == router.num_experts and user.args[0] is not ids
 
 
@@ -176,7 +202,7 @@ def _follow_weights(selection: Selection, weight_like: set[Node], dense_like: di
     while stack:
         node = stack.pop()
         for user in node.users:
-            if user in weight_like or user in rows:
+            if user in weight_like or user in rows or g.reads_shape_only(user, node):
                 continue
             name = op(user)
             if name in WEIGHT_WISE and _joins_selected(user, cut, selection):
@@ -184,6 +210,9 @@ def _follow_weights(selection: Selection, weight_like: set[Node], dense_like: di
             elif name in WEIGHT_WISE and is_float(user) and selection.is_per_pick(user):
                 weight_like.add(user)
                 stack.append(user)
+            elif node not in rows and (back := _back_to_picks(user, selection)) is not None:
+                weight_like.update(back)
+                stack.append(back[-1])
             elif node in rows and name in WEIGHT_WISE and same_shape(user, node):
                 rows.add(user)
                 stack.append(user)
@@ -198,6 +227,15 @@ def _follow_weights(selection: Selection, weight_like: set[Node], dense_like: di
                     return f"its weights are changed in place by {name}"
                 cut.weights.append(Edge(node, user))
     return ""
+
+
+def _back_to_picks(node: Node, selection: Selection) -> list[Node] | None:
+    """The ops that bring weights into another shape and straight back into one entry for every pick, if they do."""
+    steps = [node]
+    while op(steps[-1]) in g.RESHAPES and not selection.is_per_pick(steps[-1]) and len(steps[-1].users) == 1:
+        steps.append(next(iter(steps[-1].users)))
+    returns = op(steps[-1]) in g.RESHAPES and selection.is_per_pick(steps[-1]) and is_float(steps[-1])
+    return steps if returns and len(steps) > 1 else None
 
 
 def _joins_selected(user: Node, cut: Cut, selection: Selection) -> bool:
@@ -256,7 +294,7 @@ def _follow_dense(router: Router, dense_like: dict[Node, str], cut: Cut) -> str:
     while stack:
         node = stack.pop()
         for user in node.users:
-            if user in dense_like:
+            if user in dense_like or g.reads_shape_only(user, node):
                 continue
             state = _dense_step(node, dense_like, user, router)
             if state is not None:

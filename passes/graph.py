@@ -139,6 +139,19 @@ def argument(node: Node, name: str, position: int, default: object = None) -> ob
     return node.args[position] if len(node.args) > position else default
 
 
+def reads_shape_only(user: Node, node: Node) -> bool:
+    """Whether an op asks a node for its shape, dtype or device, and not for its numbers."""
+    name = op(user)
+    if name in ("view_as", "reshape_as", "expand_as", "type_as"):
+        return user.args[0] is not node
+    return name in _SHAPE_ONLY and user.args[0] is node
+
+
+_SHAPE_ONLY = frozenset(
+    "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full sym_size".split()
+)
+
+
 def mutates(node: Node) -> bool:
     """Whether the op changes one of its inputs in place."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

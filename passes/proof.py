@@ -8,7 +8,7 @@ from torch.fx.node import Node
 
 from moe_fx.passes import graph as g
 from moe_fx.passes.graph import Weights, argument, is_float, is_integer, module_path, op, rank, size
-from moe_fx.passes.router import LINEAR, Router, operands
+from moe_fx.passes.router import LINEAR, Router
 from moe_fx.passes.selection import Selection
 
 
@@ -32,27 +32,32 @@ def prove_experts(selection: Selection, router: Router, weights: Weights) -> Pro
     The walk stays inside the parent of the module that selects, where the graph tells modules, and ends at other
     linear maps of activations, so that it never reaches the next layer's experts.
     """
-    proof, seen = Proof(), set()
+    proof = Proof()
     proof.leaves_graph = _leaves_graph(selection.ids)
     compared = _compared(selection.ids)
     if set(compared) >= set(range(router.num_experts)) and all(
         _gates_activations(compared[e], router, weights) for e in (0, router.num_experts - 1)
     ):
         proof.at = compared[0]
+        proof.paths = [p for p in [module_path(compared[0])] if p is not None]
         return proof
     scope = g.parent(module_path(selection.node) or "", 1)
+    trail = _Trail(selection.ids, router, weights)
     frontier = [selection.ids]
     for _ in range(REACH):
         reached: list[Node] = []
         for node in frontier:
             for user in node.users:
-                if user in seen or not _within(user, scope) or (is_float(user) and selection.is_per_pick(user)):
+                if user in trail.seen or not _within(user, scope) or g.reads_shape_only(user, node):
+                    continue
+                proven = trail.meets_experts(user) or trail.weighs_experts(user)
+                if not proven and is_float(user) and selection.is_per_pick(user) and not trail.is_row(user):
                     continue  # a pick's weight is not its id
-                seen.add(user)
-                if meets_experts(user, router, weights) or _weighs_experts(user, seen, router, weights):
+                trail.add(user)
+                if proven:
                     proof.at = user if proof.at is None or user < proof.at else proof.at
                     proof.paths += [p for p in [module_path(user)] if p is not None]
-                elif not (op(user) in LINEAR and operands(user, weights)[1] is not None and rank(user.args[-1]) == 2):
+                elif not trail.ends(user):
                     reached.append(user)
         if proof.at is not None or not reached:
             break
@@ -86,12 +91,31 @@ def _gates_activations(mask: Node, router: Router, weights: Weights) -> bool:
 
 
 def becomes_one_hot(ids: Node, num_experts: int) -> bool:
-    """Whether the ids become masks over all experts (some models add a class for picks that are off)."""
+    """Whether the ids become masks over all experts that the graph does not use up (some models add a class for off picks)."""
     return any(
-        argument(u, "num_classes", 1) in (num_experts, num_experts + 1) if op(u) == "one_hot"
+        argument(u, "num_classes", 1) in (num_experts, num_experts + 1) and _says_who_was_picked(u) if op(u) == "one_hot"
         else op(u) in g.ID_WISE and is_integer(u) and becomes_one_hot(u, num_experts)
         for u in ids.users
     )  # fmt: skip
+
+
+#: Ops after which a mask of picks is one still.
+_MASK_WISE = g.ID_WISE | frozenset(
+    "sum amax any eq ne gt ge lt le bool bitwise_not bitwise_and mul select slice getitem unbind".split()
+)
+
+
+def _says_who_was_picked(mask: Node) -> bool:
+    """Whether a mask of picks leaves the graph or becomes places in it, not only counts."""
+    stack, seen = [mask], {mask}
+    while stack:
+        for user in stack.pop().users:
+            if user.op == "output" or op(user) in ("nonzero", "nonzero_numpy", "argwhere", "where"):
+                return True
+            if rank(user) >= 2 and user not in seen and op(user) in _MASK_WISE:
+                seen.add(user)
+                stack.append(user)
+    return False
 
 
 def _leaves_graph(ids: Node) -> bool:
@@ -151,19 +175,104 @@ def carries_activations(node: Node, router: Router, weights: Weights) -> bool:
     return False
 
 
-def _weighs_experts(user: Node, from_ids: set[Node], router: Router, weights: Weights) -> bool:
-    """Whether the op joins what came from the ids with the outputs of a stack of experts, run on the router's input."""
-    stack = [i for i in user.all_input_nodes if i not in from_ids and is_float(i)]
-    seen: set[Node] = set()
-    while stack and len(seen) < REACH:
-        node = stack.pop()
-        if node in seen or node in from_ids or node in weights or node < router.hidden or node is router.linear:
-            continue
-        seen.add(node)
-        if meets_experts(node, router, weights):
+#: Ops by which weights or ids pick from the outputs of all experts.
+_WEIGH = PRODUCTS | {"mul", "where", "gather", "take_along_dim", "index", "index_select"}
+
+
+class _Trail:
+    """What was made from the ids, and in which sense it still tells which expert was picked.
+
+    What ids look up in a table, or among activations, is content: whatever meets a stack of matrices later on has been
+    picked before, and by something else.
+    """
+
+    def __init__(self, ids: Node, router: Router, weights: Weights) -> None:
+        self.seen: set[Node] = {ids}
+        self._router, self._weights = router, weights
+        self._ids: set[Node] = {ids}  # integers that are ids still, in another order or number
+        self._rows: set[Node] = set()  # masks and matrices whose last axis is that of the experts
+        self._weighless: set[Node] = set()  # what holds activations (sorted by the ids, say) or is no token's own (a load)
+
+    def add(self, node: Node) -> None:
+        """Take a node that reads what is on the trail."""
+        self.seen.add(node)
+        source = node.all_input_nodes[0]
+        name = op(node)
+        if is_integer(node) and source in self._ids and (name in g.ID_WISE or name in _PARTS):
+            self._ids.add(node)
+        elif name == "getitem" and op(source) == "sort" and node.args[1] == 0 and source.all_input_nodes[0] in self._ids:
+            self._ids.add(node)
+        if self.is_row(node):
+            self._rows.add(node)
+        joins = any(i not in self.seen and carries_activations(i, self._router, self._weights) for i in node.all_input_nodes)
+        if is_float(node) and (joins or _reduces_tokens(node) or not self._weighless.isdisjoint(node.all_input_nodes)):
+            self._weighless.add(node)
+
+    def is_row(self, node: Node) -> bool:
+        """Whether the last axis of what the ids became is that of all experts."""
+        keeps = node.all_input_nodes[0] in self._rows and op(node) not in g.TRANSPOSES | PRODUCTS
+        return (keeps or op(node) in ("one_hot", "scatter")) and size(node, -1) == self._router.num_experts
+
+    def meets_experts(self, node: Node) -> bool:
+        """Whether activations go through the matrices of the experts that the ids say, in this op."""
+        if not meets_experts(node, self._router, self._weights):
+            return False
+        stacks = [i for i in node.all_input_nodes if is_expert_stack(i, self._router, self._weights)]
+        if any(i in self.seen and (i in stacks or not is_float(i)) for i in node.all_input_nodes):
+            return True  # the ids look the matrices up, or an op that multiplies group by group reads them or their counts
+        if any(_whole_of_slice(i, self._router) is not None for i in stacks):
             return True
-        stack.extend(node.all_input_nodes)
-    return False
+        return any(i in self.seen and self._has_expert_axis(i) for i in node.all_input_nodes)
+
+    def _has_expert_axis(self, node: Node) -> bool:
+        """Whether rows were sorted into a tensor [..., E, C, H]; one that was only repeated for each expert was not."""
+        dims = [g.expression(d) for d in g.shape(node) or ()]
+        while op(node) in g.LAYOUT - {"expand"}:
+            node = node.all_input_nodes[0]
+        return self._router.num_experts in dims[:-1] and len(dims) >= 3 and op(node) not in ("expand", "repeat")
+
+    def weighs_experts(self, user: Node) -> bool:
+        """Whether the op joins ids, or a matrix of weights, with the outputs of a stack of experts, run on the router's input."""
+        weigh = [i for i in user.all_input_nodes if i in self.seen and i not in self._weighless]
+        if op(user) not in _WEIGH or not any(rank(i) >= 2 or is_integer(i) for i in weigh):
+            return False
+        stack = [i for i in user.all_input_nodes if i not in self.seen and is_float(i)]
+        visited: set[Node] = set()
+        while stack and len(visited) < REACH:
+            node = stack.pop()
+            if node in visited or node in self.seen or node in self._weights or node < self._router.hidden:
+                continue
+            if node is self._router.linear:
+                continue
+            visited.add(node)
+            if meets_experts(node, self._router, self._weights):
+                return True
+            stack.extend(node.all_input_nodes)
+        return False
+
+    def ends(self, node: Node) -> bool:
+        """Whether what follows says nothing about experts any more."""
+        name, inputs = op(node), node.all_input_nodes
+        if name in LINEAR:
+            others = [i for i in inputs if i not in self.seen]
+            if any(i in self._weights for i in others):
+                return True  # a linear map, or a stack of them that is not the picks'
+            return name != "einsum" and inputs[0] in self._rows  # a sum over experts of what is none of theirs
+        if name in _LOOK_UPS and is_float(node) and inputs[0] not in self.seen and not self._ids.isdisjoint(inputs[1:]):
+            return not is_expert_stack(node, self._router, self._weights)
+        return False
+
+
+def _reduces_tokens(node: Node) -> bool:
+    """Whether a reduction runs over the first axis, or all of them."""
+    dims = argument(node, "dim", 1)
+    dims = dims if isinstance(dims, (list, tuple)) else [dims]
+    return op(node) in ("sum", "mean", "amax", "amin", "any") and (dims[0] is None or 0 in dims or -rank(node.args[0]) in dims)
+
+
+#: Ops that take some of the ids, or each of them several times.
+_PARTS = frozenset("slice select index index_select gather repeat_interleave cat stack split chunk getitem expand repeat".split())
+_LOOK_UPS = frozenset("index index_select embedding gather take_along_dim".split())
 
 
 def _stack_fits(stacked: int | None, num_experts: int) -> bool:

@@ -6,8 +6,9 @@ the decision off the cut, hands it through the policies in order, folds what the
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,6 +33,7 @@ class Decision:
     ids: Node
     weights: tuple[Node, ...]
     may_be_off: bool = False  # whether ids may be -1
+    own: Node | None = None  # the ids before any were switched off, where what is off must still learn
 
 
 def reroute(
@@ -75,7 +77,9 @@ def reroute(
         if apply is not None:
             decision = apply(graph, decision)
         unfolded = decision.ids
-        if decision.may_be_off and experts is None:
+        if decision.own is not None:
+            decision = _keep_own(graph, decision)
+        elif decision.may_be_off and experts is None:
             decision = _fold(graph, decision)
         if stats:
             binder.count(routing, before.ids, decision.ids, unfolded)
@@ -103,18 +107,35 @@ def _apply_sere(graph: fx.Graph, decision: Decision, routing: Routing, policy: S
 
 
 def _apply_beam(graph: fx.Graph, decision: Decision, routing: Routing, policy: BEAM, binder: Binder) -> Decision:
-    """mask_logits = hidden @ mask_router.T in float32; a pick stays on iff its mask logit >= logit(tau)."""
+    """A pick stays on iff its mask logit >= logit(tau)."""
+    logits = mask_logits(graph, routing, policy, binder)
+    masked = [
+        g.call_pair(graph, torch.ops.moe_fx.beam_mask.default, w, decision.ids, logits, float(policy.tau))
+        for w in decision.weights
+    ]
+    if policy.train:
+        binder.watch(routing, policy, g.call(graph, aten.gather.default, logits, 1, decision.ids))
+    return Decision(masked[0][1], tuple(w for w, _ in masked), may_be_off=True, own=decision.ids if policy.train else None)
+
+
+def mask_logits(graph: fx.Graph, routing: Routing, policy: BEAM, binder: Binder) -> Node:
+    """hidden @ mask_router.T in float32, [T, E]."""
     hidden = routing.router.hidden
     if g.rank(hidden) != 2:
         hidden = g.call(graph, aten.reshape.default, hidden, [-1, routing.router.hidden_size])
     if g.dtype(hidden) != torch.float32:
         hidden = g.call(graph, aten.to.dtype, hidden, torch.float32)
-    logits = g.call(graph, aten.linear.default, hidden, binder.mask_router(routing, policy))
-    masked = [
-        g.call_pair(graph, torch.ops.moe_fx.beam_mask.default, w, decision.ids, logits, float(policy.tau))
-        for w in decision.weights
-    ]
-    return Decision(masked[0][1], tuple(w for w, _ in masked), may_be_off=True)
+    with _without_autocast(graph, g.fake(hidden).device.type) if policy.train else contextlib.nullcontext():
+        return g.call(graph, aten.linear.default, hidden, binder.mask_router(routing, policy))
+
+
+@contextlib.contextmanager
+def _without_autocast(graph: fx.Graph, device: str) -> Iterator[None]:
+    """Nodes put in meanwhile run in the dtypes they have, whatever autocast is on where the graph runs."""
+    entered = graph.call_function(torch.amp.autocast_mode._enter_autocast, (device, None, False, None))
+    with torch.autocast(device, enabled=False):  # for the fake values, too
+        yield
+    graph.call_function(torch.amp.autocast_mode._exit_autocast, (entered,))
 
 
 def _apply_baseline(graph: fx.Graph, decision: Decision, routing: Routing, policy: Baseline, binder: Binder) -> Decision:
@@ -170,6 +191,16 @@ def _fold(graph: fx.Graph, decision: Decision) -> Decision:
     """For experts that do not know id -1: an off pick goes to an expert that is active anyway, with weight 0."""
     folded = [g.call_pair(graph, torch.ops.moe_fx.fold_masked.default, w, decision.ids) for w in decision.weights]
     return Decision(folded[0][1], tuple(w for w, _ in folded))
+
+
+def _keep_own(graph: fx.Graph, decision: Decision) -> Decision:
+    """For training: an off pick stays at its own expert, with weight 0.
+
+    Its mask logit learns by what that expert gives, and so can switch the pick on again.
+    """
+    off = g.call(graph, aten.lt.Scalar, decision.ids, 0)
+    ids = g.call(graph, aten.where.self, off, decision.own, decision.ids)
+    return Decision(ids, decision.weights)
 
 
 # ----------------------------------------------------------------------------------------------------- the cut
@@ -317,8 +348,16 @@ def _read(graph: fx.Graph, routing: Routing, carriers: list[Node]) -> Decision:
     ids, weights = selection.ids, carriers
     if routing.cut.dense:
         index = g.call(graph, aten.unsqueeze.default, ids, -1) if selection.squeezed else ids
-        weights = [g.call(graph, aten.gather.default, m, -1, index) for m in carriers]
+        weights = [_gathered(graph, m, index, selection.k) for m in carriers]
     return Decision(_as_picks(graph, ids, selection.k), tuple(_as_picks(graph, w, selection.k) for w in weights))
+
+
+def _gathered(graph: fx.Graph, matrix: Node, index: Node, k: int) -> Node:
+    """The picks' entries of a matrix [..., E], which may have its tokens in another shape than the ids."""
+    if g.rank(matrix) != g.rank(index):
+        matrix = g.call(graph, aten.reshape.default, matrix, [-1, g.size(matrix, -1)])
+        index = _as_picks(graph, index, k)
+    return g.call(graph, aten.gather.default, matrix, -1, index)
 
 
 def _as_picks(graph: fx.Graph, node: Node, k: int) -> Node:

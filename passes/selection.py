@@ -85,7 +85,7 @@ def _first_sorted(node: Node, ordered_ids: list[Node], ordered_values: list[Node
     ids, values = _only_slice(ordered_ids), _only_slice(ordered_values)
     if not _over_last_axis(scores, dim) or ids is None or ids[1] is None:
         return None
-    if ordered_values and (values is None or values[1] not in (None, ids[1])):
+    if any(v.users for v in ordered_values) and (values is None or values[1] != ids[1]):
         return None
     return Selection(node, scores, ids[1], ids[0], values[0] if values else None, True)  # type: ignore[arg-type]
 
@@ -93,22 +93,26 @@ def _first_sorted(node: Node, ordered_ids: list[Node], ordered_values: list[Node
 def _only_slice(taken: list[Node]) -> tuple[Node, int | None] | None:
     """The one slice ``[..., :k]`` that is all that is read of a sort's output, with its k; None if it is unused."""
     users = [u for t in taken for u in t.users]
-    while len(users) == 1 and op(users[0]) == "slice" and _whole(users[0]):
+    while len(users) == 1 and op(users[0]) == "slice" and _whole(users[0]) and not _is_first_k(users[0]):
         users = list(users[0].users)  # x[:, :k] is written as x[:][..., :k]
     if not users:
         return None
     first = users[0]
-    end = argument(first, "end", 3)
-    fits = (
-        len(users) == 1
-        and op(first) == "slice"
-        and argument(first, "dim", 1, 0) in (-1, rank(first) - 1)
-        and argument(first, "start", 2, 0) in (0, None)
-        and argument(first, "step", 4, 1) == 1
+    fits = len(users) == 1 and _is_first_k(first)
+    return first, (size(first, -1) if fits else None)
+
+
+def _is_first_k(node: Node) -> bool:
+    """Whether the op is ``x[..., :k]``, k spelled out."""
+    end = argument(node, "end", 3)
+    return (
+        op(node) == "slice"
+        and argument(node, "dim", 1, 0) in (-1, rank(node) - 1)
+        and argument(node, "start", 2, 0) in (0, None)
+        and argument(node, "step", 4, 1) == 1
         and isinstance(end, int)
-        and 0 < end == size(first, -1)
+        and 0 < end == size(node, -1)
     )
-    return first, (end if fits else None)
 
 
 def _whole(node: Node) -> bool:

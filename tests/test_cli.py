@@ -214,3 +214,10 @@ def test_lm_eval_is_optional(folder: Path) -> None:
                      "--lm-eval", "piqa", "--json")  # fmt: skip
     assert result.exit_code == 1
     assert "pip install 'moe-fx[eval]'" in json.loads(result.stdout)["error"]
+
+
+def test_a_missing_library_says_which_extra_brings_it(folder: Path, tmp_path: Path) -> None:
+    with mock.patch.dict("sys.modules", {"matplotlib": None}):
+        result = run("inspect", folder / "model", "--similarity", folder / "model.moe.safetensors", "--plot", tmp_path / "a.png")
+    assert result.exit_code == 1
+    assert "pip install 'moe-fx[cli]'" in result.stderr.replace("\n", " ")

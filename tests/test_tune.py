@@ -14,7 +14,7 @@ import tiny
 from moe_fx.evaluate import Evaluator, windows
 from moe_fx.kernels import reference
 from moe_fx.testing import random_routing, random_similarity
-from moe_fx.tune import Limit, Point, TuneError, cheapest, predict, record, tune
+from moe_fx.tune import Limit, Point, TuneError, cheapest, front, predict, record, spaced, tune
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +63,14 @@ def test_the_choice_keeps_to_the_budget_and_is_nearly_the_best(seed: int) -> Non
         assert best <= sum(p.active for p in chosen.values()) <= best + 5  # at most about half a site's range is lost
 
 
+def test_points_to_measure_lie_on_the_front_from_end_to_end() -> None:
+    points = [Point(1, t / 10, float(a), float(m)) for t, (a, m) in enumerate([(1, 9), (2, 5), (2, 7), (3, 6), (4, 4), (5, 1)])]
+    best = front(points)
+    assert [(p.active, p.movement) for p in best] == [(1, 9), (2, 5), (4, 4), (5, 1)]
+    assert spaced(best, 2) == [best[0], best[3]]
+    assert spaced(best, 9) == best
+
+
 def test_recorded_decisions_are_the_models_own() -> None:
     model, texts = tiny.build("deepseek_v3"), windows(documents(), 3, 4, 4, 1)
     decisions = record(model, texts)
@@ -80,8 +88,8 @@ def test_tuned_settings_keep_the_limit_go_into_the_artifact_and_beat_the_best_gl
     evaluator = Evaluator(model, texts)
     worst = evaluator.evaluate("worst", moe_fx.SERE(artifact, primary=1)).kl
     limit = Limit(max_kl=worst / 2)
-    with mock.patch("moe_fx.tune._CHECKS", 3):
-        tuned = tune(model, artifact, texts, limit, evaluator=evaluator, anchors=(1,))
+    with mock.patch.multiple("moe_fx.tune", _CHECKS=3, _MEASUREMENTS=4):
+        tuned = tune(model, artifact, texts, limit, evaluator=evaluator)
     assert tuned.chosen.kl <= limit.nats
     assert tuned.best_global is None or tuned.chosen.active_experts <= tuned.best_global.active_experts
     policy = moe_fx.SERE(tuned.artifact.save(tmp_path / "a"))
@@ -124,10 +132,10 @@ def test_a_limit_that_nothing_keeps() -> None:
     model, texts = tiny.build("qwen3_moe"), windows(documents(), 2, 3, 3, 1)
     with (
         mock.patch.object(Limit, "spent", return_value=1.0),
-        mock.patch("moe_fx.tune._CHECKS", 1),
+        mock.patch.multiple("moe_fx.tune", _CHECKS=1, _MEASUREMENTS=2),
         pytest.raises(TuneError, match=r"no setting keeps within 0\.5 nats per token: the nearest, .*, takes 1"),
     ):
-        tune(model, tiny.random_artifact("qwen3_moe"), texts, Limit(max_kl=0.5), anchors=(1,))
+        tune(model, tiny.random_artifact("qwen3_moe"), texts, Limit(max_kl=0.5))
     for wrong in ({}, {"max_kl": 0.0}, {"max_kl": 0.1, "max_ppl_increase": 0.1}):
         with pytest.raises(TuneError, match="a limit is one positive number"):
             Limit(**wrong)

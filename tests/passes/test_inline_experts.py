@@ -22,7 +22,9 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def graph(tokens: int, settings: tuple[Any, ...], *, dtype: torch.dtype = torch.float32, scores: int = E, off: bool = False) -> Any:
+def graph(
+    tokens: int, settings: tuple[Any, ...], *, dtype: torch.dtype = torch.float32, scores: int = E, off: bool = False
+) -> Any:
     """A router and its experts as one op, and their inputs."""
     generator = torch.Generator().manual_seed(0)
     width = I if settings[1] == "none" else 2 * I

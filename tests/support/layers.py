@@ -265,6 +265,45 @@ class CountedGroups(Layer):
         return torch.bincount(ids.flatten(), minlength=E)  # right also where a token has an expert twice
 
 
+class SortedIds(Layer):
+    """Of a sort only the ids are read."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.router(x).softmax(-1)
+        _, order = torch.sort(scores, dim=-1, descending=True)
+        ids = order[:, :K]
+        return ids, scores.gather(-1, ids)
+
+
+class ReshapedOnTheWay(Layer):
+    """The weights go through another shape before they are renormalised."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = self.router(x).softmax(-1).topk(K)
+        weights = weights.flatten().view_as(ids)
+        return ids, weights / weights.unsqueeze(0).squeeze(0).sum(-1, keepdim=True)
+
+
+class EveryExpertAsMatrix(Layer):
+    """K = E, so that picks and a matrix over the experts have one shape."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = self.router(x).softmax(-1).topk(E)
+        return ids, weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids, weights = self.route(x)
+        return self.run_dense(x, torch.zeros(x.shape[0], E).scatter(1, ids, weights))
+
+
+class FlatMatrix(Layer):
+    """Batch and sequence are apart where experts are picked, and together in the matrix of weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x.view(2, -1, H)).softmax(-1).topk(K)
+        return self.run_dense(x, torch.zeros(x.shape[0], E).scatter(1, ids.view(-1, K), weights.view(-1, K)))
+
+
 class Capacity(Layer):
     """GShard: what overflows an expert's capacity is dropped, so an off pick must not take a place."""
 
@@ -279,7 +318,7 @@ ROUTES: dict[type[Layer], int] = {
     DenseScatterInPlace: K, InfinityScatter: K, DenseOneHot: K, ThreeDimensional: K, EveryExpertPicked: E,
     WeightsAfterIds: K, CosineRouter: K, LoopOverExperts: K, Capacity: K,
     EinsumRouter: K, ArgsortThenSlice: K, SmallestNegated: K, NormedLogits: K, CountedGroups: K, MaxInTurn: 2, BestOnly: 1,
-    BestAsMatrix: 1,
+    BestAsMatrix: 1, SortedIds: K, ReshapedOnTheWay: K, EveryExpertAsMatrix: E, FlatMatrix: K,
 }  # fmt: skip
 
 
@@ -439,7 +478,94 @@ class MasksInTurn(Layer):
         return self.run_dense(x, scores * (first + second))
 
 
+class Heads(Layer):
+    """What a vocabulary's likeliest words look up, and matrices [E, ., .] that every token goes through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(V, H)
+
+    def looked_up(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x).softmax(-1).topk(K)
+        return (self.embedding(ids) * weights.unsqueeze(-1)).sum(1)
+
+    def heads(self, x: Tensor) -> Tensor:
+        return self.run_dense(x, torch.full((x.shape[0], E), 1 / E))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.heads(x + self.looked_up(x))
+
+
+class HeadsBeside(Heads):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.heads(x) + self.looked_up(x)
+
+
+class HeadsGated(Heads):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.heads(x) * self.looked_up(x).sigmoid()
+
+
+class HeadsOverPrompts(Heads):
+    """Stacked prompts are looked up and added to the tokens before the heads."""
+
+    def looked_up(self, x: Tensor) -> Tensor:
+        return self.down[self.router(x).topk(K).indices].mean((1, 2))
+
+
+class HeadsGatedByMemory(Heads):
+    """Tokens are written to the slots that they pick."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory = torch.zeros(V, H).index_add(0, self.router(x).argmax(-1), x)
+        return self.heads(x) * ((x @ memory.T).softmax(-1) @ memory).sigmoid()
+
+
+class HeadsScaledByLoad(Heads):
+    """A soft mixture, scaled by how evenly the tokens' favourites are spread."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x).softmax(-1)
+        load = F.one_hot(scores.topk(K).indices, E).sum(1).float().mean(0)
+        return self.run_dense(x, scores) * (load * scores.mean(0)).sum()
+
+
+class SortedBuckets(Heads):
+    """Tokens in the order of their buckets, smoothed with their neighbours; then heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = self.router(x).argmax(-1).argsort(stable=True)
+        rows = x[order]
+        return self.heads((rows + rows.roll(1, 0))[order.argsort()])
+
+
+class OneHotLookUp(Heads):
+    """A table read by a product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hot = F.one_hot(self.router(x).topk(K).indices, V).to(x)
+        return torch.einsum("tkv,vh->th", hot, self.embedding.weight)
+
+
+class OneHotCounts(Layer):
+    """Predictions counted all at once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.one_hot(self.router(x).topk(K).indices, E).sum((0, 1)).float()
+
+
+class LastVisitors(Layer):
+    """The ids also say where each expert's last token is kept: two picks of one expert would overwrite each other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids, weights = self.route(x)
+        visitors = torch.zeros(E, H).index_copy(0, ids[:, 0], x)
+        return self.run(x, ids, weights) + visitors.sum(0)
+
+
 LEFT_ALONE: tuple[type[Layer], ...] = (
     Sampler, Indexer, ExpertChoice, NucleusRouting, GroupOnly, SmallestPicks, ShiftedIds, Median,
     OneHotScores, MaskedIds, PromptPool, KWinners, ClassCounts, NegatedDistance, LastOfAscending, ProductKeys, MasksInTurn,
+    Heads, HeadsBeside, HeadsGated, HeadsOverPrompts, HeadsGatedByMemory, HeadsScaledByLoad, SortedBuckets, OneHotLookUp,
+    OneHotCounts, LastVisitors,
 )  # fmt: skip
