@@ -240,6 +240,8 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         "plain smaller K": [r for r in rows if r["configuration"].startswith(("plain", "full"))],
     }
     for (label, group), marker in zip(series.items(), "os^xD", strict=True):
+        if not group:
+            continue
         group.sort(key=lambda r: r["picks"])
         line = "-" if len(group) > 2 else ""
         axes.plot([r["picks"] for r in group], [r["loss_above_full"] for r in group], line + marker, label=label)

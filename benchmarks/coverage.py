@@ -37,7 +37,7 @@ from moe_fx.report import Report
 from moe_fx.testing import tolerance
 
 TABLE = ROOT / "docs" / "coverage.md"
-PARTIAL = ROOT / "docs" / "coverage.partial.json"
+PARTIAL = ROOT / "build" / "coverage.partial.json"
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
 COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 EXPERTS, TOP_K, HIDDEN, WIDTH, LAYERS, VOCAB = 8, 3, 32, 24, 2, 64
@@ -177,13 +177,18 @@ def _model_class(modeling: Any, config: type) -> type[nn.Module] | None:
     return next((c for ending in endings for c in whole if c.__name__.endswith(ending)), None)
 
 
-def build(architecture: Architecture, experts: str | None) -> nn.Module:
-    """A tiny model in eval mode, float32, whose routers prefer different experts for different tokens."""
+def build(architecture: Architecture, experts: str | None, **more: Any) -> nn.Module:
+    """A tiny model in eval mode, float32, whose routers prefer different experts for different tokens.
+
+    Args:
+        experts: how transformers is to run them; None leaves the choice to it.
+        more: sizes of its configuration to set in another way.
+    """
     fields = _fields(architecture.config)
     given = {name: value for name, value in SIZES.items() if name in fields}
     if "kv_lora_rank" in fields:  # every query head expands its own key and value
         given["num_key_value_heads"] = SIZES["num_attention_heads"]
-    given |= OVERRIDES.get(architecture.name, {})
+    given |= OVERRIDES.get(architecture.name, {}) | more
     torch.manual_seed(0)
     model = architecture.model(architecture.config(**{k: v for k, v in given.items() if v is not ...})).float().eval()
     _randomise(model)
@@ -223,7 +228,7 @@ def inputs_of(model: nn.Module) -> dict[str, Any]:
     if "pixel_values" in takes and "input_ids" not in takes:
         return {"pixel_values": torch.randn(2, 3, 32, 32, generator=generator), "dataset_index": torch.tensor([1, 4])}
     given: dict[str, Any] = {"input_ids": ids}
-    if "embed_tokens" not in dict(model.named_modules()) and "inputs_embeds" in takes and _embeds_nothing(model):
+    if "inputs_embeds" in takes and _embeds_nothing(model):
         given = {"inputs_embeds": torch.randn(2, 9, HIDDEN, generator=generator)}
     if "decoder_input_ids" in takes:
         given["decoder_input_ids"] = ids.flip(1)
@@ -399,13 +404,15 @@ def examine(architecture: Architecture, implementation: str) -> Row:
         compiled = torch.compile(model, backend=variants)
         row.topk = _equal(_first_tensor(compiled(**inputs)), exact)
         report = variants.reports["topk"]
-        row.sites, row.graphs = len(report.sites), report.graphs
-        row.same_names = {s.name for s in report.sites} <= blocks
+        names = {s.name for s in report.sites}
+        row.sites, row.graphs = len(names & blocks if blocks else names), report.graphs
+        # layers may share a graph that only some of them ran
+        row.same_names = names <= {name.rpartition(".")[0] for name in expert_modules(model)}
         if report.sites:
             for policy, rule in _rules(variants.tables).items():
                 variants.chosen = policy
                 got = _first_tensor(compiled(**inputs))
-                if row.same_names and row.expected:
+                if row.same_names and row.expected and variants.reports[policy].sites:  # a refusal stands in the notes
                     with patched(model, rule):
                         want = _first_tensor(model(**inputs))
                     setattr(row, policy, _equal(got, want))
@@ -543,6 +550,7 @@ def _all_rows(known: Sequence[Architecture], unbuilt: dict[str, str]) -> tuple[l
             key, start = f"{architecture.name}/{implementation}", time.perf_counter()
             if key not in done["rows"]:
                 done["rows"][key] = dataclasses.asdict(_examined(architecture, implementation))
+                PARTIAL.parent.mkdir(exist_ok=True)
                 PARTIAL.write_text(json.dumps(done, indent=1))
                 line, seconds = as_markdown(Row(**done["rows"][key])), time.perf_counter() - start
                 print(f"{number}/{len(known)} {line} {seconds:.0f} s", flush=True)

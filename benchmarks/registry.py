@@ -28,4 +28,5 @@ BENCHMARKS = {
     ),
     "calibration": Benchmark("memory and time of calibrating a layer of Qwen3-30B's shape", "benchmarks.calibration", "run"),
     "compile": Benchmark("share of the passes in the time of a first compilation", "benchmarks.decode", "run_compile"),
+    "find_sites": Benchmark("time to find and recognise the sites of 12 to 94 layers", "benchmarks.finding", "run"),
 }

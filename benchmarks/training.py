@@ -54,7 +54,7 @@ def train(
     last digits of a run are its own (torch's deterministic algorithms made training four times slower).
     """
     model = qwen3_moe(shape, dtype=torch.float32, seed=recipe.seed, aux_loss=recipe.aux_loss).train()
-    model.to(device)  # type: ignore[arg-type]
+    model.to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), recipe.learning_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay, fused=True
     )

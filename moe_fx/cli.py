@@ -1,7 +1,8 @@
-"""The command ``moe-fx``: inspect, calibrate, eval, tune and bench a model."""
+"""The command ``moe-fx``: inspect, calibrate, eval, tune, train-beam and bench a model."""
 
 from __future__ import annotations
 
+import copy
 import csv
 import functools
 import hashlib
@@ -12,7 +13,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +30,7 @@ from moe_fx import beam, inputs, report
 from moe_fx.artifacts import Artifact, ArtifactError
 from moe_fx.backend import OptionError, explain, last_report
 from moe_fx.calibrate import CalibrationError
-from moe_fx.evaluate import EvaluationError, Evaluator, Windows, pareto, rows_of, windows
+from moe_fx.evaluate import EvaluationError, Evaluator, Stepwise, Windows, pareto, rows_of, windows
 from moe_fx.inputs import InputError
 from moe_fx.pipeline import UnrewrittenError
 from moe_fx.policy import BEAM, NAEE, OEA, SERE, Drop, ExFold, Policy, PolicyError, SmallerK, StaticPrune, TopK, TopP, from_config
@@ -63,6 +64,7 @@ Context = Annotated[int, typer.Option(min=2, help="Tokens predicted in one windo
 Stride = Annotated[int | None, typer.Option(min=1, help="Tokens from one window to the next. Default: the context.")]
 Groups = Annotated[int, typer.Option(min=1, help="At most this many groups of texts are decoded.")]
 Inner = Annotated[str, typer.Option(help="The compiler behind the backend: eager starts at once, inductor runs faster.")]
+LmEval = Annotated[list[str] | None, typer.Option(help="Also run this task of lm-eval, a name or .yaml (extra [eval]).")]
 Plot = Annotated[Path | None, typer.Option(help="Draw to this .png.")]
 
 
@@ -282,7 +284,7 @@ def evaluate(
     groups: Groups = 4,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Write all rows to this file.")] = None,
     plot: Plot = None,
-    lm_eval: Annotated[list[str] | None, typer.Option(help="Also run these tasks of the lm-eval library (extra [eval]).")] = None,
+    lm_eval: LmEval = None,
     inner: Inner = "eager",
     device: Device = "cpu",
     dtype: DType = "auto",
@@ -293,11 +295,15 @@ def evaluate(
     table = None if artifact is None else Artifact.load(artifact).validate(net)
     named = _distinctly_named(policy or [], table)
     documents = inputs.tokenized(inputs.read_documents([Path(d) for d in data]), tokenizer)
+    task_manager = _load_tasks(lm_eval) if lm_eval else None
     rows: list[dict[str, Any]] = []
     for size in batch or [16]:
         texts = windows(documents, size, context, stride or context, groups)
         rows += _evaluate_at(net, texts, named, table if compare else None, compare, inner, plot, as_json)
-    tasks = _run_lm_eval(lm_eval, net, tokenizer, named) if lm_eval else {}
+    together = max(batch or [16])
+    tasks = _run_lm_eval(lm_eval, task_manager, net, tokenizer, named, together, inner) if lm_eval else {}
+    if tasks and not as_json:
+        _stdout().print(_lm_eval_table(tasks, together))
     if csv_file is not None:
         _write_csv(csv_file, rows)
     return {"rows": rows, "lm_eval": tasks, "csv": str(csv_file) if csv_file else None, "plot": str(plot) if plot else None}
@@ -394,22 +400,86 @@ def _setting(text: str, part: str) -> tuple[str, Any]:
         return key.strip(), value.strip()
 
 
-def _run_lm_eval(
-    tasks: list[str], net: nn.Module, tokenizer: Any, named: Sequence[tuple[str, tuple[Policy, ...]]]
-) -> dict[str, Any]:
+def _load_tasks(tasks: Sequence[str]) -> Any:
+    """lm-eval's task manager, after every task was loaded once with its data, so that one that is missing costs no time."""
     try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-    except ImportError:
-        raise InputError("--lm-eval needs the lm-eval library: pip install 'moe-fx[eval]'") from None
+        from lm_eval.models import huggingface  # noqa: F401  (needs more than lm-eval brings by itself)
+        from lm_eval.tasks import TaskManager, get_task_dict
+    except ImportError as error:
+        lacking = error.name or "lm_eval"
+        raise InputError(f"--lm-eval needs the lm-eval library, and {lacking} is missing: pip install 'moe-fx[eval]'") from None
+    manager = TaskManager()
+    try:
+        get_task_dict(list(tasks), manager)
+    except (KeyError, ValueError, OSError) as error:
+        what = str(error.args[0]) if error.args else type(error).__name__
+        raise InputError(
+            f"cannot load the lm-eval task {' or '.join(tasks)}: {what}; 'lm-eval ls tasks' lists the names, and a path to a "
+            "task's .yaml file is one, too"
+        ) from error
+    return manager
+
+
+def _run_lm_eval(
+    tasks: list[str],
+    manager: Any,
+    net: nn.Module,
+    tokenizer: Any,
+    named: Sequence[tuple[str, tuple[Policy, ...]]],
+    batch: int,
+    inner: str,
+) -> dict[str, Any]:
+    """Policy -> task -> metrics."""
+    import lm_eval
+
     results: dict[str, Any] = {}
     for name, policies in [("full", (TopK(),)), *named]:
-        torch._dynamo.reset()
-        options: dict[str, Any] = {"policy": list(policies), "inner": "eager"}
-        compiled: Any = torch.compile(net, backend="moe_sparse", options=options)
-        found = lm_eval.simple_evaluate(model=HFLM(pretrained=compiled, tokenizer=tokenizer), tasks=tasks)
+        stepwise = Stepwise(net, policies, inner=inner)
+        language_model = _language_model(stepwise, net, tokenizer, batch)
+        with redirect_stdout(sys.stderr):  # stdout is for the result, and lm-eval prints
+            found = lm_eval.simple_evaluate(model=language_model, tasks=tasks, task_manager=manager, log_samples=False)
         results[name] = {} if found is None else found["results"]
     return json.loads(json.dumps(results, default=str))
+
+
+def _language_model(stepwise: Stepwise, net: nn.Module, tokenizer: Any, batch: int) -> Any:
+    """lm-eval's model of transformers, which scores and generates by way of ``stepwise``."""
+    from lm_eval.models.huggingface import HFLM
+
+    class StepwiseLM(HFLM):
+        @property
+        def prefix_token_id(self) -> int:
+            prefix = super().prefix_token_id
+            if prefix is None:
+                raise InputError("lm-eval needs a token that begins texts or one that ends them, and the model's tokenizer has "
+                                 "neither: set its bos_token or its eos_token")  # fmt: skip
+            return int(prefix)
+
+        def _model_call(self, inps: Tensor, **others: Any) -> Tensor:
+            return stepwise.logits(inps)
+
+        def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
+            with stepwise.generating():
+                return super()._model_generate(*args, **kwargs)
+
+    own = copy.deepcopy(tokenizer)  # lm-eval changes it
+    if own.pad_token_id is None:  # padding is masked; lm-eval would add a token, for which the model has no embedding
+        own.pad_token_id = 0 if own.eos_token_id is None else own.eos_token_id
+    return StepwiseLM(pretrained=net, tokenizer=own, batch_size=batch)
+
+
+def _lm_eval_table(results: dict[str, Any], batch: int) -> Table:
+    """A row for every policy, task and metric; lm-eval calls a metric "name,filter" and its error "name_stderr,filter"."""
+    table = Table("policy", "task", "metric", "value", "±", title=f"lm-eval, {batch} texts together", title_justify="left")
+    for policy, tasks in results.items():
+        for task, metrics in tasks.items():
+            for metric, value in metrics.items():
+                name, comma, kind = metric.partition(",")
+                if comma and not name.endswith("_stderr"):
+                    error = metrics.get(f"{name}_stderr,{kind}")
+                    shown = f"{error:.4f}" if isinstance(error, float) else ""
+                    table.add_row(policy, task, name, f"{value:.4f}" if isinstance(value, float) else str(value), shown)
+    return table
 
 
 def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -635,9 +705,8 @@ def bench(
     net, tokenizer = inputs.load_model(model, device, dtype)
     table = None if artifact is None else Artifact.load(artifact).validate(net)
     configurations: dict[str, tuple[Policy, ...] | None] = {f"{inner} alone": None, "moe_sparse, TopK": (TopK(),)}
-    for text in policy or (["sere"] if table is not None else []):
-        policies = _policy(text, table)
-        configurations["moe_sparse, " + " + ".join(p.describe() for p in policies)] = policies
+    for name, policies in _distinctly_named(policy or (["sere"] if table is not None else []), table):
+        configurations[f"moe_sparse, {name}"] = policies
     sizes = batch or [1, 4, 16]
     tokens = _tokens_to_time(data, tokenizer, _vocabulary(net), max(sizes), length)
     with _progress("bench", None, as_json) as advance:

@@ -11,6 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -231,6 +232,52 @@ class Decoder:
         ids = column.to(self._device).contiguous()
         logits: Tensor = call(input_ids=ids, past_key_values=self._cache, use_cache=True).logits[:, -1]
         return logits
+
+
+class Stepwise:
+    """A model under a policy for a library that scores and continues texts, such as lm-eval, decoding as a server does.
+
+    Such a library scores a batch of texts in one forward.  ``logits`` is for that place and decodes them together instead,
+    one token each a step, because a policy that depends on the batch would look free in one big forward.  A text shorter
+    than the longest of its batch goes on with padding, whose experts count among those in use: batch texts of like length.
+
+    Args:
+        model: a causal language model of transformers, in eval mode.
+        policy: what its routers do.
+        inner: the compiler behind the backend.
+    """
+
+    def __init__(self, model: nn.Module, policy: Sequence[Policy], *, inner: str = "eager") -> None:
+        self._model: Any = model
+        options = {"policy": list(policy), "inner": inner, "strict": True}
+        self._settings: dict[str, Any] = {"backend": "moe_sparse", "options": options}
+        self._decoder: Decoder | None = None
+        self._rows = self._length = 0
+        torch._dynamo.reset()
+        self._call = torch.compile(self._model._call_impl, **self._settings)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Token ids [N, T] -> the logits after each of them, [N, T, V]."""
+        rows, length = tokens.shape
+        if self._decoder is None or rows != self._rows or length > self._length:
+            self._decoder = Decoder(self._model, rows, length, **self._settings)
+            self._rows, self._length = rows, length
+        fed = torch.nn.functional.pad(tokens, (0, 1))  # a decoder does not feed the last column
+        return torch.stack([logits.clone() for logits, _ in self._decoder.decode(fed)], dim=1)
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Inside, the model's own ``generate`` runs under the policy: it calls the model, and never a compiled copy of it.
+
+        Where Dynamo meets more shapes than it would compile it raises, instead of going on without the policy.
+        """
+        limits = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
+        self._model._compiled_call_impl = self._call
+        try:
+            with torch._dynamo.config.patch(limits):
+                yield
+        finally:
+            self._model._compiled_call_impl = None
 
 
 def pareto(evaluations: Sequence[Evaluation]) -> list[Evaluation]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import Node
 
@@ -37,6 +38,8 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
             new = make_fx(fx.Interpreter(gm).run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
     except Exception as error:  # whatever the retrace meets, the graph must still compile
         raise NormalizeError(f"it cannot be retraced to ATen ({type(error).__name__}: {_first_line(error)})") from error
+    if any(isinstance(getattr(new, str(n.target), None), FakeTensor) for n in new.graph.find_nodes(op="get_attr")):
+        raise NormalizeError("a part of it, such as a scan, holds what was only traced")
     _carry_over(gm, new, placeholders)
     tidy(new)
     return new

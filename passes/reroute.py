@@ -57,7 +57,9 @@ def reroute(
     hidden = [routing.router.hidden] if _switches_off(policies) else []
     reads = [experts.hidden, *experts.stacks] if experts is not None else []
     counts = _distinct(routing.cut.counts) if experts is None else []
-    last = max([routing.selection.ids, *carriers, *hidden, *reads, *counts])
+    layouts = _layouts_of_ids(routing) if experts is None else set()
+    shapes = [i for n in layouts for i in n.all_input_nodes if i not in layouts]  # that ids are laid out like
+    last = max([routing.selection.ids, *carriers, *hidden, *reads, *counts, *shapes])
     reason = _obstacle(routing, policies, carriers, last) if experts is None else None
     if reason is not None:
         return reason
@@ -263,6 +265,7 @@ def _obstacle(routing: Routing, policies: tuple[Policy, ...], carriers: list[Nod
 
 
 _SQUASHES = frozenset("softmax _softmax sigmoid exp log_softmax log_sigmoid softplus tanh relu".split())
+_JOINS = frozenset("cat concat stack".split())
 _COMPARES = frozenset("gt lt ge le eq ne".split())
 
 
@@ -278,7 +281,7 @@ def _are_final(carriers: list[Node], routing: Routing) -> bool:
                 return False
             if user.op == "output" and not _is_squashed(node, routing):
                 return False  # raw logits leave the graph
-            alone = all(i in seen for i in user.all_input_nodes if g.is_float(i))
+            alone = name in _JOINS or all(i in seen for i in user.all_input_nodes if g.is_float(i))
             if user in seen or not alone or not (g.is_float(user) or (g.value(user) is not None and g.dtype(user) is None)):
                 continue
             if name in _SQUASHES:
@@ -404,13 +407,12 @@ def _scattered(graph: fx.Graph, weights: Node, matrix: Node, decision: Decision)
 
 def _redirect_ids(graph: fx.Graph, routing: Routing, new_ids: Node) -> None:
     """Rebuild, on the new ids, every layout of the ids that leaves the router."""
+    layouts = _layouts_of_ids(routing)
     rebuilt = {routing.selection.ids: new_ids}
 
     def relaid(node: Node) -> Node:
         if node not in rebuilt:
-            source = node.args[0]
-            copy = graph.node_copy(node, lambda n: relaid(source) if n is source else n)
-            rebuilt[node] = copy
+            rebuilt[node] = graph.node_copy(node, lambda n: relaid(n) if n in layouts or n in rebuilt else n)
         return rebuilt[node]
 
     for edge in routing.cut.ids:
@@ -418,6 +420,17 @@ def _redirect_ids(graph: fx.Graph, routing: Routing, new_ids: Node) -> None:
     for old in reversed(rebuilt):
         if not old.users and old is not routing.selection.ids:
             graph.erase_node(old)
+
+
+def _layouts_of_ids(routing: Routing) -> set[Node]:
+    """What stands between the ids and where they leave the router: the same ids in another layout."""
+    found: set[Node] = set()
+    for edge in routing.cut.ids:
+        node = edge.node
+        while node is not routing.selection.ids:
+            found.add(node)
+            node = node.all_input_nodes[0]
+    return found
 
 
 def _distinct(edges: list[Edge]) -> list[Node]:

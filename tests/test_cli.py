@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -214,6 +215,87 @@ def test_lm_eval_is_optional(folder: Path) -> None:
                      "--lm-eval", "piqa", "--json")  # fmt: skip
     assert result.exit_code == 1
     assert "pip install 'moe-fx[eval]'" in json.loads(result.stdout)["error"]
+
+
+def lm_eval_task(root: Path, output_type: str, metric: str) -> Path:
+    """A task of lm-eval whose texts lie beside it: three words to continue, each with the four that follow."""
+    words = TEXT.split()
+    texts = [{"begin": " ".join(words[i : i + 3]), "end": " ".join(words[i + 3 : i + 7])} for i in range(7)]
+    (root / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    task = {"task": f"local_{output_type}", "dataset_path": "json", "test_split": "test", "output_type": output_type,
+            "dataset_kwargs": {"data_files": {"test": str(root / "texts.jsonl")}}, "doc_to_text": "{{begin}}",
+            "doc_to_target": "{{end}}", "metric_list": [{"metric": metric}]}  # fmt: skip
+    if output_type == "generate_until":
+        task["generation_kwargs"] = {"until": ["."], "max_gen_toks": 4}
+    (root / f"{output_type}.yaml").write_text(json.dumps(task))
+    return root / f"{output_type}.yaml"
+
+
+@pytest.fixture
+def lm_eval(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The real library, or a skip."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    pytest.importorskip("accelerate", reason="lm-eval runs models of transformers by accelerate: pip install 'moe-fx[eval]'")
+    return pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'moe-fx[eval]'")
+
+
+@pytest.fixture
+def with_end(folder: Path, tmp_path: Path) -> Path:
+    """The model with a tokenizer that has a token which ends texts: lm-eval needs one."""
+    from transformers import AutoTokenizer
+
+    shutil.copytree(folder / "model", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer.eos_token = "[UNK]"
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_lm_eval_scores_the_plain_model_as_by_itself_and_a_policy_changes_them(
+    lm_eval: Any, folder: Path, with_end: Path, tmp_path: Path
+) -> None:
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    kinds = (("loglikelihood", "perplexity"), ("generate_until", "exact_match"))
+    tasks = [str(lm_eval_task(tmp_path, *kind)) for kind in kinds]
+    model = AutoModelForCausalLM.from_pretrained(with_end).eval()
+    language_model = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(with_end), batch_size=4)
+    plain = lm_eval.simple_evaluate(model=language_model, tasks=tasks)
+    masks = tmp_path / "masks.safetensors"
+    tiny.random_artifact("qwen3_moe").save(masks)
+    policies = ["sere:primary=1", json.dumps({"name": "beam", "tau": 0.5}), "topk"]
+    result = run("eval", with_end, "--data", folder / "data.jsonl", "--batch", 4, "--context", 4, "--groups", 1,
+                 "--artifact", masks, *(a for p in policies for a in ("--policy", p)),
+                 *(a for t in tasks for a in ("--lm-eval", t)), "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    scores = json.loads(result.stdout)["lm_eval"]
+    perplexity = {name: found["local_loglikelihood"]["perplexity,none"] for name, found in scores.items()}
+    full, sere, beam, top_k = perplexity.values()
+    assert full == top_k == pytest.approx(plain["results"]["local_loglikelihood"]["perplexity,none"], rel=1e-4)
+    assert abs(sere / full - 1) > 0.001
+    assert abs(beam / full - 1) > 0.001
+    assert all(found["local_generate_until"]["sample_len"] == 7 for found in scores.values())
+
+
+def test_lm_eval_prints_a_table(lm_eval: Any, folder: Path, with_end: Path, tmp_path: Path) -> None:
+    result = run("eval", with_end, "--data", folder / "data.jsonl", "--batch", 2, "--context", 4, "--groups", 1,
+                 "--lm-eval", lm_eval_task(tmp_path, "loglikelihood", "acc"))  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "lm-eval, 2 texts together" in result.stdout
+    assert "local_loglikelihood" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [("no_such_task", "cannot load the lm-eval task no_such_task"), ("loglikelihood", "set its bos_token")],
+)
+def test_lm_eval_says_what_is_wrong_with_a_task(lm_eval: Any, folder: Path, tmp_path: Path, task: str, words: str) -> None:
+    name = task if task == "no_such_task" else lm_eval_task(tmp_path, task, "acc")
+    result = run("eval", folder / "model", "--data", folder / "data.jsonl", "--batch", 2, "--context", 4, "--groups", 1,
+                 "--lm-eval", name, "--json")  # fmt: skip
+    assert result.exit_code == 1
+    assert words in json.loads(result.stdout)["error"]
 
 
 def test_a_missing_library_says_which_extra_brings_it(folder: Path, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 import moe_fx
 import tiny
-from moe_fx.evaluate import Evaluation, EvaluationError, Evaluator, pareto, rows_of, windows
-from moe_fx.policy import SmallerK
+from moe_fx.evaluate import Evaluation, EvaluationError, Evaluator, Stepwise, pareto, rows_of, windows
+from moe_fx.policy import SmallerK, TopK
 from moe_fx.testing import tolerance
 
 
@@ -74,6 +74,40 @@ def test_equals_a_loop_over_the_patched_model() -> None:
     fewer = evaluator.evaluate("top-1", SmallerK(1))
     assert fewer.off == 4 * (tiny.TOP_K - 1)
     assert max(fewer.active.values()) <= 4  # as many as texts
+
+
+def test_stepwise_logits_equal_a_loop_over_the_patched_model() -> None:
+    name = "qwen3_moe"
+    model, artifact = tiny.build(name), tiny.random_artifact(name)
+    stepwise = Stepwise(model, [moe_fx.SERE(artifact, primary=1)])
+    for rows, length in ((4, 5), (4, 3), (4, 7), (2, 7)):  # a first batch, a shorter, a longer, and one of fewer texts
+        tokens = tiny.tokens(rows, length + 1, seed=length)["input_ids"]
+        logits = stepwise.logits(tokens[:, :-1])
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(dim=1)
+        want = expected_losses(name, model, tokens, tiny.sere_rule(artifact, 1, 0.0))
+        torch.testing.assert_close(losses, want, **tolerance(torch.float32))
+        whole = tiny.expected(model, name, None, input_ids=tokens[:, :-1])
+        torch.testing.assert_close(Stepwise(model, [TopK()]).logits(tokens[:, :-1]), whole, **tolerance(torch.float32))
+        assert not torch.allclose(logits, whole, **tolerance(torch.float32))
+
+
+def test_a_model_generates_under_the_policy_and_afterwards_without_it() -> None:
+    name = "qwen3_moe"
+    model, artifact = tiny.build(name), tiny.random_artifact(name)
+    stepwise = Stepwise(model, [moe_fx.SERE(artifact, primary=1)])
+
+    def generated(tokens: Tensor) -> Tensor:
+        return model.generate(input_ids=tokens, max_new_tokens=12, do_sample=False, attention_mask=torch.ones_like(tokens))
+
+    for rows, length in ((3, 4), (2, 6)):
+        tokens = tiny.tokens(rows, length, seed=length)["input_ids"]
+        with tiny.patched(model, name, tiny.sere_rule(artifact, 1, 0.0)):
+            want = generated(tokens)
+        plain = generated(tokens)
+        with stepwise.generating():
+            got = generated(tokens)
+        assert got.tolist() == want.tolist() != plain.tolist()
+        assert generated(tokens).tolist() == plain.tolist()
 
 
 def test_a_model_without_experts_is_told() -> None:

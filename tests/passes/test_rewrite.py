@@ -182,6 +182,14 @@ class LateSoftmax(layers.Layer):
         return super().run(x, ids, weights.unsqueeze(-1).softmax(1).squeeze(-1))
 
 
+class NormalisedWithSink(layers.Layer):
+    """The picks' scores share one softmax with a score of an expert that always runs."""
+
+    def run(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        joined = torch.cat([weights, x[:, :1]], dim=-1).softmax(-1)
+        return super().run(x, ids, joined[:, : layers.K].contiguous()) + x * joined[:, layers.K :]
+
+
 class NormalisedAfter(layers.Layer):
     """The experts' sum is divided by the sum of the weights."""
 
@@ -209,7 +217,7 @@ class ChangedBetween(layers.Layer):
         return self.run(x, ids, weights)
 
 
-@pytest.mark.parametrize("cls", [InputWeighted, LateSoftmax, NormalisedAfter, DropsLow, ChangedBetween])
+@pytest.mark.parametrize("cls", [InputWeighted, LateSoftmax, NormalisedWithSink, NormalisedAfter, DropsLow, ChangedBetween])
 def test_beam_keeps_away_where_a_weight_of_zero_would_not_mean_off(cls: type[layers.Layer]) -> None:
     layer, x, artifact = make(cls)
     with torch.no_grad():

@@ -284,6 +284,15 @@ class ReshapedOnTheWay(Layer):
         return ids, weights / weights.unsqueeze(0).squeeze(0).sum(-1, keepdim=True)
 
 
+class IdsLaidOutLikeWeights(Layer):
+    """The ids take the shape of weights that are made after them."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = self.router(x).softmax(-1).topk(K)
+        weights = weights / weights.sum(-1, keepdim=True)
+        return ids.flatten().view_as(weights), weights
+
+
 class EveryExpertAsMatrix(Layer):
     """K = E, so that picks and a matrix over the experts have one shape."""
 
@@ -319,6 +328,7 @@ ROUTES: dict[type[Layer], int] = {
     WeightsAfterIds: K, CosineRouter: K, LoopOverExperts: K, Capacity: K,
     EinsumRouter: K, ArgsortThenSlice: K, SmallestNegated: K, NormedLogits: K, CountedGroups: K, MaxInTurn: 2, BestOnly: 1,
     BestAsMatrix: 1, SortedIds: K, ReshapedOnTheWay: K, EveryExpertAsMatrix: E, FlatMatrix: K,
+    IdsLaidOutLikeWeights: K,
 }  # fmt: skip
 
 
