@@ -38,6 +38,7 @@ from moe_fx.tune import Limit, TuneError, tune
 
 _EXPECTED = (InputError, ArtifactError, CalibrationError, EvaluationError, TuneError, PolicyError, OptionError, UnrewrittenError,
              beam.BeamError)  # fmt: skip
+_RESAMPLES = 1000  # tell a standard error to 2%; lm-eval's own 100,000 take longer than a small task
 _STABLE_SPREAD = 0.02  # the standard error of a similarity above which more tokens are advised
 
 app = typer.Typer(help="Know and tune your Mixture-of-Experts model.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -437,7 +438,9 @@ def _run_lm_eval(
         stepwise = Stepwise(net, policies, inner=inner)
         language_model = _language_model(stepwise, net, tokenizer, batch)
         with redirect_stdout(sys.stderr):  # stdout is for the result, and lm-eval prints
-            found = lm_eval.simple_evaluate(model=language_model, tasks=tasks, task_manager=manager, log_samples=False)
+            found = lm_eval.simple_evaluate(
+                model=language_model, tasks=tasks, task_manager=manager, log_samples=False, bootstrap_iters=_RESAMPLES
+            )
         results[name] = {} if found is None else found["results"]
     return json.loads(json.dumps(results, default=str))
 

@@ -251,6 +251,7 @@ def with_end(folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 def test_lm_eval_scores_the_plain_model_as_by_itself_and_a_policy_changes_them(
     lm_eval: Any, folder: Path, with_end: Path, tmp_path: Path
 ) -> None:
@@ -261,7 +262,7 @@ def test_lm_eval_scores_the_plain_model_as_by_itself_and_a_policy_changes_them(
     tasks = [str(lm_eval_task(tmp_path, *kind)) for kind in kinds]
     model = AutoModelForCausalLM.from_pretrained(with_end).eval()
     language_model = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(with_end), batch_size=4)
-    plain = lm_eval.simple_evaluate(model=language_model, tasks=tasks)
+    plain = lm_eval.simple_evaluate(model=language_model, tasks=tasks, bootstrap_iters=0)
     masks = tmp_path / "masks.safetensors"
     tiny.random_artifact("qwen3_moe").save(masks)
     policies = ["sere:primary=1", json.dumps({"name": "beam", "tau": 0.5}), "topk"]
