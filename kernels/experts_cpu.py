@@ -1,29 +1,30 @@
 """``fused_experts`` on CPU: active experts' weights are read from memory once, and picks that are off cost nothing.
 
-The picks become rows, sorted by expert.  A decode step has a few rows per expert and is bound by reading weights, so the
-number of rows decides which routine multiplies.  GB/s of bf16 weights (64 experts, [1024, 1024] and [1024, 512], all
-active), two threads of a Zen 5 whose other two cores were at work too.  The first line is from other runs than the rest:
-compare the two only roughly, since copying memory reached 35 to 63 there and 31 to 41 here:
+The picks become rows, sorted by expert.  A decode step has a few rows per expert and is bound by reading weights; how many
+rows there are decides which routine multiplies.  GB/s of bf16 weights (64 experts, [1024, 1024] and [1024, 512], all
+active), two threads of a Zen 5 whose other two cores were at work too, where copying memory reached 31 to 44:
 
-    rows per expert                 1     2     4     6     8    12    16    64
-    compiled, one block of rows    37    36    34    25    17    10   5.5     -   by Inductor: below
-    mm into an old result          19    19    18    18    18    17    15   8.4   oneDNN, which packs the weight in every call
-    mm(weight, rows.T)             20    12    12    12    12    12    12   9.6   oneDNN, which packs the rows
-    torch._grouped_mm               -     -    19     -    17    16    15   8.7   F.linear is as fast
-    bmm of all experts              -     -    24     -    22    20    18    10   for equal numbers of rows only
+    rows per expert                 1     2     4     8    12    16    32    64
+    compiled, in blocks of four    37    39    39    26    20    15   8.2     -   by Inductor: below
+    mm into an old result          19    19    18    18    17    15     -   8.4   oneDNN, which packs the weight in every call
+    mm(weight, rows.T)             20    12    12    12    12    12     -   9.6   oneDNN, which packs the rows
+    torch._grouped_mm               -     -    19    17    16    15     -   8.7   F.linear is as fast
+    bmm of all experts              -     -    24    22    20    18     -    10   for equal numbers of rows only
 
-* An expert with up to 12 rows, if it is large, goes to a function compiled by Inductor, in blocks of 2, 4 or 6 rows.
-  Their products are taken together where the weight lies.  Beyond 24 KB of rows in float32 in a block (6 of 1024)
-  it was slower than the loop, presumably because they no longer fit into the first cache: wider rows go to the loop.  One
-  token has a function of its own, with the weighted sum.  Compiling takes a few seconds for each size of block, once:
-  Inductor keeps the code on disk.
-* For the others there is a loop over experts, whose results go into memory that is used again: with a new result for
+* With up to 12 rows per active expert, on average, one function compiled by Inductor does all the work, in blocks of up to
+  four rows, whose products are taken together where the weight lies.  A tile of an expert's weights that has come from
+  memory meets all of the expert's blocks before the next one comes.  Rows of a block that no longer fit into the first
+  cache (four of 4096 in float32) made it slower than the loop, so wide ones come in blocks of two and change to the loop
+  earlier.  Compiling takes a few seconds for each size of block, once: Inductor keeps the code on disk.
+* Otherwise there is a loop over experts, whose results go into memory that is used again: with a new result for
   every product 512 tokens took 36 ms, and so 26.
-* What did not pay: two or four columns at once, -fprefetch-loop-arrays, weights as pairs in int32.
+* What did not pay: blocks of more rows, two or four columns at once, rows in bfloat16 or in parts of their width,
+  -fprefetch-loop-arrays, weights as pairs in int32.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,9 +36,11 @@ from torch import Tensor
 from moe_fx.kernels import reference
 from moe_fx.kernels.cpu import np
 
-ROWS_TO_BLOCK = (0, 2, 2, 4, 4, 6, 6, 4, 4, 4, 4, 4, 4)  # an expert's rows: how many of them a compiled function takes at once
+ROWS_IN_BLOCK = (4, 2)  # of narrow, of wide rows; two, too, where no expert has more
+MOST_ROWS_COMPILED = (12, 3)  # of an active expert, on average: the loop serves more
+BYTES_OF_NARROW_ROWS = 2**15  # of four in float32: what stays in the first cache beside the weights that pass through
 LEAST_BYTES_COMPILED = 2**15  # of one expert's gate and up weights: below (not measured) the loop
-MOST_BYTES_OF_ROWS = 3 * 2**13  # of a block of more than two, in float32: what fits into the first cache beside the weight
+BYTES_OF_TILE = 2**17  # of weights that a thread keeps in its second cache
 SLICES = 8
 CHUNK = 32  # columns of one row that lie together in a block
 
@@ -70,12 +73,16 @@ class Layer:
         return is_large and weight.dtype != torch.float64 and weight.stride(2) == self.w_down.stride(2) == 1
 
     @property
-    def rows_to_block(self) -> list[int]:
-        """For each number of rows of an expert, and in the last place for all larger ones, the block; 0: by the loop."""
-        if not self.is_compiled:
-            return [0]
-        width = max(self.w_gate_up.shape[2], self.w_down.shape[2])
-        return [size if size <= 2 or size * width * 4 <= MOST_BYTES_OF_ROWS else 0 for size in (*ROWS_TO_BLOCK, 0)]
+    def is_wide(self) -> bool:
+        """Whether four rows are too many for a block."""
+        return 4 * 4 * max(self.w_gate_up.shape[2], self.w_down.shape[2]) > BYTES_OF_NARROW_ROWS
+
+    @property
+    def tiles(self) -> int:
+        """Into how many tiles of rows each of an expert's weights is cut: as many for both, of about BYTES_OF_TILE."""
+        largest = max(self.w_gate_up[0].numel(), self.w_down[0].numel()) * self.w_gate_up.itemsize
+        common = math.gcd(self.w_gate_up.shape[1], self.w_down.shape[1])
+        return max(n for n in range(1, max(largest // BYTES_OF_TILE, 1) + 1) if common % n == 0)
 
 
 @dataclass(frozen=True)
@@ -122,37 +129,35 @@ def _chunked(rows: list[Tensor]) -> Tensor:
     return torch.stack([row.unflatten(1, (-1, chunk)).float() for row in rows], 2)
 
 
-def _products(x: Tensor, weights: Tensor, bias: Tensor | None, block_to_expert: Tensor) -> list[Tensor]:
+def _products(x: Tensor, weights: Tensor, bias: Tensor | None, steps: Tensor, block_to_step: Tensor) -> list[Tensor]:
     """The rows of x, as ``_chunked`` leaves them, times their block's expert's weight [N, H]: S times [B, N], float32.
 
-    Compiled, these sums are one loop, which loads a weight once, and nothing of [B, N, H] exists.
+    Compiled, these sums are one loop over steps, which loads a weight once, and nothing of [P, N / tiles, H] exists.
     """
     gather = torch.ops.aten._unsafe_index.Tensor  # without a check in the innermost loop
-    weights_of_block = gather(weights, [block_to_expert]).unflatten(2, (-1, x.shape[3])).float()
-    sums = [(weights_of_block * x[:, None, :, s]).sum((-1, -2)) for s in range(x.shape[2])]
-    return sums if bias is None else [row + gather(bias, [block_to_expert]).float() for row in sums]
+    tiles = block_to_step.shape[1]
+    expert, tile, block = steps.unbind(1)
+    weights_of_step = gather(weights.unflatten(1, (tiles, -1)), [expert, tile])  # [P, N / tiles, H]
+    weights_of_step = weights_of_step.unflatten(2, (-1, x.shape[3])).float()
+    rows_of_step = gather(x, [block])  # [P, H / CHUNK, S, CHUNK]
+    sums = [(weights_of_step * rows_of_step[:, None, :, s]).sum((-1, -2)) for s in range(x.shape[2])]
+    if bias is not None:
+        sums = [row + gather(bias.unflatten(1, (tiles, -1)), [expert, tile]).float() for row in sums]
+    return [gather(row, [block_to_step]).flatten(1) for row in sums]
 
 
-def _outputs_of_blocks(
-    act: tuple[Any, ...], has_biases: tuple[bool, bool], hidden: Tensor, block_to_expert: Tensor, block_to_token: Tensor,
-    w_gate_up: Tensor, w_down: Tensor, *biases: Tensor,
+def _mixture(
+    act: tuple[Any, ...], has_biases: tuple[bool, bool], hidden: Tensor, topk_weights: Tensor, pick_to_place: Tensor,
+    block_to_token: Tensor, steps: Tensor, block_to_step: Tensor, w_gate_up: Tensor, w_down: Tensor, *biases: Tensor,
 ) -> Tensor:  # fmt: skip
-    """[T, H], [B], [B, S] and the parameters that are there -> [B * S, N]: in a block S tokens meet one expert."""
+    """[T, H], [T, K], [T, K] and the tables of ``Blocks`` -> [T, N]: the weighted sum of every token's experts."""
     b_gate_up, b_down = biases[0] if has_biases[0] else None, biases[-1] if has_biases[1] else None
     gather = torch.ops.aten._unsafe_index.Tensor
     x = _chunked([gather(hidden, [token]) for token in block_to_token.unbind(1)])
-    gate_up = _products(x, w_gate_up, b_gate_up, block_to_expert)
+    gate_up = _products(x, w_gate_up, b_gate_up, steps, block_to_step)
     inner = _chunked([reference.activate_gate_up(row.to(hidden.dtype), *act) for row in gate_up])
-    outputs = _products(inner, w_down, b_down, block_to_expert)
-    return torch.stack(outputs, 1).flatten(0, 1).to(hidden.dtype)
-
-
-def _sum_of_experts(
-    act: tuple[Any, ...], has_biases: tuple[bool, bool], hidden: Tensor, experts: Tensor, weights: Tensor, *parameters: Tensor
-) -> Tensor:
-    """[1, H], [B], [B] and the parameters that are there -> [1, N]: the weighted sum of one token's experts."""
-    outputs = _outputs_of_blocks(act, has_biases, hidden, experts, torch.zeros_like(experts)[:, None], *parameters)
-    return (outputs.float() * weights[:, None]).sum(0, keepdim=True).to(hidden.dtype)
+    outputs = _products(inner, w_down, b_down, steps, block_to_step)
+    return _sum_of_picks(torch.stack(outputs, 1).flatten(0, 1).to(hidden.dtype), pick_to_place, topk_weights)
 
 
 def _sum_of_picks(outputs: Tensor, pick_to_place: Tensor, topk_weights: Tensor) -> Tensor:
@@ -229,34 +234,100 @@ def _call(
     return None if compiled is None else compiled(*per_call, *fixed)
 
 
-def _blocked(layer: Layer, hidden: Tensor, block_to_expert: Tensor, block_to_token: Tensor) -> Tensor | None:
-    """``_outputs_of_blocks``, compiled; None where it cannot be."""
-    return _call(_outputs_of_blocks, layer.settings, (hidden, block_to_expert, block_to_token), layer.parameters)
+@dataclass(frozen=True)
+class Blocks:
+    """Rows in blocks of S, each of one expert, and the steps in which blocks meet tiles of its weights.
+
+    A tile comes from memory for the first block of its expert.  The others follow at once, and find it in a cache.
+
+    Attributes:
+        block_to_row: [B, S] int64; an expert's last block repeats its last row.
+        steps: [P, 3] int64: expert, tile and block, P being B * tiles.
+        block_to_step: [B, tiles] int64.
+    """
+
+    block_to_row: Any
+    steps: Any
+    block_to_step: Any
 
 
-def _blocks(runs: Any, size: int) -> tuple[Any, Any]:
-    """Runs of rows in blocks of ``size``: each block's expert [B] and rows [B, S].  The last of a run repeats its last row."""
+def in_blocks(runs: Any, size: int, tiles: int) -> Blocks:
+    """The rows of ``Rows.runs`` in blocks of ``size``."""
     expert, start, stop = runs.T
     blocks = (stop - start + size - 1) // size
-    number = np.arange(blocks.sum()) - (blocks.cumsum() - blocks).repeat(blocks)  # of the block in its run
-    row = (start.repeat(blocks) + number * size)[:, None] + np.arange(size)
-    return expert.repeat(blocks), np.minimum(row, stop.repeat(blocks)[:, None] - 1)
+    run = np.arange(len(runs)).repeat(blocks)  # of a block
+    before = (blocks.cumsum() - blocks)[run]  # blocks of the runs before
+    number = np.arange(len(run)) - before  # of the block in its run
+    row = np.minimum((start[run] + number * size)[:, None] + np.arange(size), stop[run][:, None] - 1)
+    step = (before * tiles + number)[:, None] + np.arange(tiles) * blocks[run][:, None]
+    order = np.empty(step.size, np.int64)
+    order[step.ravel()] = np.arange(step.size)
+    block, tile = np.divmod(order, tiles)
+    return Blocks(row, np.stack((expert[run][block], tile, block), 1), step)
 
 
-def _looped(layer: Layer, hidden: Tensor, rows: Rows, runs: Any) -> tuple[Tensor, Any]:
-    """The outputs of some experts' rows, [R, N], by a loop over the experts, and which rows these are, [R]."""
-    row = np.concatenate([np.arange(start, stop) for _, start, stop in runs.tolist()])
-    token = torch.from_numpy(rows.row_to_token[row])
-    outputs = hidden.new_empty(len(row), layer.w_down.shape[1])
-    gate_up = hidden.new_empty(int((runs[:, 2] - runs[:, 1]).max()), layer.w_gate_up.shape[1])  # stays in the cache
-    place = 0
-    for expert, start, stop in runs.tolist():
-        here = slice(place, place := place + stop - start)
+Tables = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _tables(rows: Rows, rows_in_block: int, tiles: int) -> Tables:
+    """What ``_mixture`` needs: pick_to_place, block_to_token, steps and block_to_step."""
+    longest = int((rows.runs[:, 2] - rows.runs[:, 1]).max())
+    blocks = in_blocks(rows.runs, 2 if longest <= 2 else rows_in_block, tiles)
+    row_to_place = np.full(len(rows.row_to_token) + 1, -1)  # the last, -1, is for picks that are off
+    row_to_place[blocks.block_to_row.ravel()] = np.arange(blocks.block_to_row.size)  # of a row that was repeated any will do
+    tables = row_to_place[rows.pick_to_row], rows.row_to_token[blocks.block_to_row], blocks.steps, blocks.block_to_step
+    pick_to_place, block_to_token, steps, block_to_step = map(torch.from_numpy, tables)
+    return pick_to_place, block_to_token, steps, block_to_step
+
+
+def _tables_of_one_token(topk_ids: Tensor, num_experts: int) -> Tables | None:
+    """The same for one token, with a whole weight as a tile; None where every pick is off.
+
+    NumPy's calls would take a fifth of the time when other work has emptied the caches.
+    """
+    ids = topk_ids[0].tolist()
+    place = {expert: n for n, expert in enumerate(dict.fromkeys(e for e in ids if 0 <= e < num_experts))}
+    if not place:
+        return None
+    block_to_step = torch.arange(len(place))[:, None]
+    steps = torch.tensor([(expert, 0, n) for expert, n in place.items()])
+    return torch.tensor([[place.get(e, -1) for e in ids]]), torch.zeros_like(block_to_step), steps, block_to_step
+
+
+def _compiled_mixture(layer: Layer, hidden: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor | None:
+    """The result by one compiled function; None where none can be had, or a loop over the experts serves better."""
+    if not layer.is_compiled:
+        return None
+    num_experts = len(layer.w_down)
+    if len(hidden) == 1:
+        tables = _tables_of_one_token(topk_ids, num_experts)
+    else:
+        rows = sort_picks(topk_ids, num_experts)
+        if rows is not None and len(rows.row_to_token) > MOST_ROWS_COMPILED[layer.is_wide] * len(rows.runs):
+            return None
+        tables = None if rows is None else _tables(rows, ROWS_IN_BLOCK[layer.is_wide], layer.tiles)
+    if tables is None:
+        return hidden.new_zeros(len(hidden), layer.w_down.shape[1])
+    return _call(_mixture, layer.settings, (hidden, topk_weights, *tables), layer.parameters)
+
+
+def _looped(layer: Layer, hidden: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+    """The result by a loop over the experts."""
+    rows = sort_picks(topk_ids, len(layer.w_down))
+    if rows is None:
+        return hidden.new_zeros(len(hidden), layer.w_down.shape[1])
+    token = torch.from_numpy(rows.row_to_token)
+    outputs = hidden.new_empty(len(token), layer.w_down.shape[1])
+    longest = int((rows.runs[:, 2] - rows.runs[:, 1]).max())
+    gate_up = hidden.new_empty(longest, layer.w_gate_up.shape[1])  # stays in the cache
+    for expert, start, stop in rows.runs.tolist():
         of_expert = gate_up[: stop - start]
-        _linear(hidden.index_select(0, token[here]), layer.w_gate_up, layer.b_gate_up, expert, of_expert)
+        _linear(hidden.index_select(0, token[start:stop]), layer.w_gate_up, layer.b_gate_up, expert, of_expert)
         inner = reference.activate_gate_up(of_expert, *layer.act)
-        _linear(inner, layer.w_down, layer.b_down, expert, outputs[here])
-    return outputs, row
+        _linear(inner, layer.w_down, layer.b_down, expert, outputs[start:stop])
+    tables = outputs, torch.from_numpy(rows.pick_to_row), topk_weights
+    result = _call(_sum_of_picks, (), tables) if layer.is_compiled else None
+    return _bagged(*tables) if result is None else result
 
 
 def _linear(x: Tensor, weights: Tensor, biases: Tensor | None, expert: int, result: Tensor) -> None:
@@ -270,44 +341,6 @@ def _linear(x: Tensor, weights: Tensor, biases: Tensor | None, expert: int, resu
         torch.mm(x, weights[expert].mT, out=result)
     if biases is not None:
         result += biases[expert]
-
-
-def _outputs(layer: Layer, hidden: Tensor, topk_ids: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The outputs of all rows, [places, N], and each pick's place there, [T, K].  None where every pick is off."""
-    rows = sort_picks(topk_ids, len(layer.w_down))
-    if rows is None:
-        return None
-    lengths = rows.runs[:, 2] - rows.runs[:, 1]
-    sizes = np.array(layer.rows_to_block)
-    size_of_run = sizes[np.minimum(lengths, len(sizes) - 1)]
-    parts = []
-    for size in np.unique(size_of_run).tolist():
-        runs, outputs = rows.runs[size_of_run == size], None
-        if size:
-            block_to_expert, row = _blocks(runs, size)
-            tables = torch.from_numpy(block_to_expert), torch.from_numpy(rows.row_to_token[row])
-            outputs = _blocked(layer, hidden, *tables)
-        parts.append(_looped(layer, hidden, rows, runs) if outputs is None else (outputs, row.ravel()))
-    row = np.concatenate([row for _, row in parts])
-    row_to_place = np.full(len(rows.row_to_token) + 1, -1)  # the last, -1, is for picks that are off
-    row_to_place[row] = np.arange(len(row))  # of a row that was repeated any place will do
-    outputs = parts[0][0] if len(parts) == 1 else torch.cat([outputs for outputs, _ in parts])
-    return outputs, torch.from_numpy(row_to_place[rows.pick_to_row])
-
-
-def _of_one_token(layer: Layer, hidden: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor | None:
-    """The result for one token, in one compiled call; None where it cannot be compiled, and where every pick is off.
-
-    NumPy's calls, and a second compiled one, would take a fifth of the time when other work has emptied the caches.
-    """
-    merged: dict[int, float] = {}
-    for expert, weight in zip(topk_ids[0].tolist(), topk_weights[0].tolist(), strict=True):
-        if 0 <= expert < len(layer.w_down):
-            merged[expert] = merged.get(expert, 0.0) + weight
-    if not merged:
-        return None
-    experts, weights = torch.tensor(list(merged)), torch.tensor(list(merged.values()))
-    return _call(_sum_of_experts, layer.settings, (hidden, experts, weights), layer.parameters)
 
 
 def fused_experts(
@@ -334,15 +367,8 @@ def fused_experts(
     layer = Layer(w_gate_up, w_down, b_gate_up, b_down, (activation, gated, alpha, limit))
     hidden, topk_weights = hidden.contiguous(), topk_weights.contiguous()  # as what is compiled expects them
     with torch.no_grad():
-        if len(hidden) == 1 and layer.is_compiled:
-            result = _of_one_token(layer, hidden, topk_weights, topk_ids)
-            if result is not None:
-                return result
-        found = _outputs(layer, hidden, topk_ids)
-        if found is None:
-            return hidden.new_zeros(hidden.shape[0], w_down.shape[1])
-        result = _call(_sum_of_picks, (), (*found, topk_weights)) if layer.is_compiled else None
-        return _bagged(*found, topk_weights) if result is None else result
+        result = _compiled_mixture(layer, hidden, topk_weights, topk_ids)
+        return _looped(layer, hidden, topk_weights, topk_ids) if result is None else result
 
 
 def experts_by_pick(

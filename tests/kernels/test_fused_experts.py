@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -353,9 +354,10 @@ def test_the_same_call_gives_the_same_bits(implementation):
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """The functions compiled for experts of any size, none at first."""
+    """The functions compiled for experts of any size, none at first, whose weights come in several tiles."""
     functions: dict[Any, Any] = {}
     monkeypatch.setattr(experts_cpu, "LEAST_BYTES_COMPILED", 0)
+    monkeypatch.setattr(experts_cpu, "BYTES_OF_TILE", 256)
     monkeypatch.setattr(experts_cpu, "_compiled", functions)
     return functions
 
@@ -369,28 +371,44 @@ def compiled(monkeypatch):
     ],
 )
 def test_large_experts_with_few_rows_are_compiled_once(settings_of_case, compiled):
-    """One function for one token, one for each size of block, and one for the weighted sum serve all batches."""
+    """One function for one token, one for each size of block, and the loop's weighted sum serve all batches."""
     for num_tokens in (9, 1, 17, 70, 2, 1):
         check(on_cpu, Case(num_tokens, top_k=3, num_experts=9, off=0.2, **settings_of_case))
     assert None not in compiled.values()
-    assert len(compiled) == 5
+    assert len(compiled) == 4
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 30])
 def test_every_number_of_rows_of_an_expert(num_tokens, compiled):
     check(on_cpu, Case(num_tokens, top_k=1, num_experts=1, dtype=torch.bfloat16))
-    is_one_call = num_tokens == 1 or num_tokens >= len(experts_cpu.ROWS_TO_BLOCK)  # the sum alone where a loop serves
-    assert len(compiled) == (1 if is_one_call else 2)
+    assert [key[0] for key in compiled] == ["_mixture" if num_tokens <= 12 else "_sum_of_picks"]
 
 
-def test_blocks_of_wide_rows_go_to_the_loop(compiled, monkeypatch):
-    """Two rows are compiled at any width; more only where they fit into the first cache."""
-    case = Case(3, top_k=1, num_experts=1, dtype=torch.bfloat16)
-    monkeypatch.setattr(experts_cpu, "MOST_BYTES_OF_ROWS", 4 * 16 * 4 - 1)
-    check(on_cpu, case)
-    assert len(compiled) == 1  # the sum
-    check(on_cpu, replace(case, num_tokens=2))
-    assert len(compiled) == 2
+def test_wide_rows_go_to_the_loop_earlier(compiled, monkeypatch):
+    monkeypatch.setattr(experts_cpu, "BYTES_OF_NARROW_ROWS", 0)
+    for num_tokens, function in ((3, "_mixture"), (4, "_sum_of_picks")):
+        compiled.clear()
+        check(on_cpu, Case(num_tokens, top_k=1, num_experts=1, dtype=torch.bfloat16))
+        assert [key[0] for key in compiled] == [function]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), size=st.sampled_from([1, 2, 4]), tiles=st.sampled_from([1, 2, 5])
+)
+def test_blocks_meet_every_tile_once_and_a_tile_meets_all_blocks_of_its_expert_in_turn(lengths, size, tiles):
+    stops = np.cumsum(lengths)
+    runs = np.stack((3 * np.arange(len(lengths)), stops - lengths, stops), 1)
+    blocks = experts_cpu.in_blocks(runs, size, tiles)
+    assert sorted(set(blocks.block_to_row.ravel().tolist())) == list(range(stops[-1]))
+    assert len(blocks.block_to_row) == sum(-(-length // size) for length in lengths)
+    visits = [tuple(step) for step in blocks.steps.tolist()]
+    assert visits == sorted(visits)
+    assert len(set(visits)) == blocks.block_to_step.size
+    run_of_row = np.arange(len(lengths)).repeat(lengths)
+    for block, rows in enumerate(blocks.block_to_row):
+        (run,) = set(run_of_row[rows].tolist())
+        for tile in range(tiles):
+            assert visits[blocks.block_to_step[block, tile]] == (3 * run, tile, block)
 
 
 _functions_of_hypothesis: dict[Any, Any] = {}
@@ -412,6 +430,7 @@ def test_compiled_equals_the_reference(data):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experts_cpu, "LEAST_BYTES_COMPILED", 0)
+        patch.setattr(experts_cpu, "BYTES_OF_TILE", 256)
         patch.setattr(experts_cpu, "_compiled", _functions_of_hypothesis)
         check(on_cpu, case)
     assert None not in _functions_of_hypothesis.values()
