@@ -191,7 +191,7 @@ class Artifact:
         name = normal_name(site_name)
         problem = self._missing(name, kind) or self._misfit(name, kind, num_experts, hidden_size)
         if problem is not None:
-            raise ArtifactError(f"{problem}: {_KIND_TO_REMEDY[kind]}")
+            raise ArtifactError(f"{problem}: {self._whole(name) or _KIND_TO_REMEDY[kind]}")
         return self._sites[name][kind]
 
     def validate(self, model_or_sites: nn.Module | Iterable[Site]) -> Artifact:
@@ -223,6 +223,16 @@ class Artifact:
         if kind not in self._sites[name]:
             return f"the artifact has no {kind} for site '{name}' (it has {_some_of(self._sites[name])})"
         return None
+
+    def _whole(self, name: str) -> str | None:
+        """What to do where a part of the model was compiled that the artifact is of; None if it does not look like that."""
+        likely = [site for site in self._sites if not name or site.endswith(f".{name}")]
+        if name in self._sites or not likely:
+            return None
+        return (
+            f"if what was compiled is only a part of the model that has '{likely[0]}', compile the whole model, which tells the "
+            "part's layers by their names"
+        )
 
     def _misfit(self, name: str, kind: str, num_experts: int, hidden_size: int | None) -> str | None:
         shape = list(self._sites[name][kind].shape)
@@ -339,9 +349,18 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor], header: Mapping
     """
     import safetensors.torch
 
+    check_writable(file)
+    write_file(file, _with_sorted_header(safetensors.torch.save(dict(tensors), metadata=dict(header))))
+
+
+def write_file(file: Path, content: bytes) -> None:
+    """Write a file, whole or not at all.
+
+    Raises:
+        ArtifactError: the path is a directory or a device, its directory is missing, or writing fails.
+    """
+    check_writable(file)
     try:
-        _check_writable(file)
-        content = _with_sorted_header(safetensors.torch.save(dict(tensors), metadata=dict(header)))
         _write_atomically(file.resolve(), content)  # links stay links
     except OSError as error:
         raise ArtifactError(f"cannot save to {file}: {error}; what was there before is unchanged") from error
@@ -371,6 +390,14 @@ def read_safetensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         return dict(header), safetensors.torch.load_file(str(file))
     except (OSError, safetensors.SafetensorError) as error:
         raise ArtifactError(f"{file}: {error}") from None
+
+
+def is_artifact(file: Path) -> bool:
+    """Whether a file is an artifact, by its header alone: no tensor is read."""
+    try:
+        return _FORMAT_KEY in _read_header(file).get("__metadata__", {})
+    except (ArtifactError, OSError):
+        return False
 
 
 def _check_name(given: object) -> str:
@@ -464,7 +491,12 @@ def _check_readable(file: Path) -> None:
         raise ArtifactError(f"{file} is not a regular file: name an artifact's file")
 
 
-def _check_writable(file: Path) -> None:
+def check_writable(file: Path) -> None:
+    """Say what is wrong with a place for a file, before the work whose result is to be kept there.
+
+    Raises:
+        ArtifactError: it is a directory or a device, or its directory is missing.
+    """
     if file.exists() and not file.is_file():
         raise ArtifactError(f"cannot save to {file}: it is not a regular file; name a file to write")
     if not file.resolve().parent.is_dir():

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from moe_fx.apart import compiled_apart, uncompiled
+from moe_fx.inner import INNER, INNER_OPTIONS, OptionError, inner_compiler
 from moe_fx.passes.bind import watched_outputs
 from moe_fx.pipeline import Settings, run
 from moe_fx.policy import BEAM, Policy, from_config
@@ -18,16 +20,11 @@ from moe_fx.report import Report
 from moe_fx.site import Skip
 from moe_fx.tables import roots_on_stack
 
-
-class OptionError(ValueError):
-    """An option of the backend is wrong; the message says what was expected."""
-
-
 #: Every key of ``options`` and what it may be.
 OPTIONS = {
     "policy": "a policy, a dict such as {'name': 'sere', 'artifact': 'model.moe.safetensors', 'primary': 2}, or a list of those",
-    "inner": "the name of a torch.compile backend, or a callable (graph_module, example_inputs) -> callable",
-    "inner_options": "a dict, handed to the inner compiler as its options",
+    "inner": INNER,
+    "inner_options": INNER_OPTIONS,
     "mode": "torch.compile's mode for the Inductor inner compiler (torch.compile takes its own mode only without options)",
     "strict": "True or False: whether a real router that cannot be rewritten is an error",
     "fuse_experts": "True or False: whether experts that are recognised run as one op (default: on CPU only)",
@@ -55,9 +52,14 @@ def moe_sparse(
         OptionError, PolicyError, ArtifactError: what the user asked for is wrong, or does not fit this model.
         UnrewrittenError: with ``strict``, a router was left alone.
     """
-    start = time.perf_counter()
     settings, inner = _parse(options or {}, mode)
-    report = _report_for(options)
+    return _compile(gm, example_inputs, settings, inner, _report_for(options))
+
+
+def _compile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings, inner: Callable[..., Any], report: Report
+) -> Callable[..., Any]:
+    start = time.perf_counter()
     new = run(gm, settings, report)
     watched = watched_outputs(new)
     compiled = inner(new, list(example_inputs))
@@ -94,7 +96,7 @@ def _parse(options: Mapping[str, Any], mode: str | None) -> tuple[Settings, Call
     fuse: dict[str, Any] = {"fuse": options.get("fuse_experts"), "fuse_routing": options.get("fuse_routing")}
     inline = options.get("inner", "inductor") == "inductor"
     settings = Settings(_policies(options.get("policy")), **flags, **fuse, inline=inline)
-    inner = _inner_compiler(options.get("inner", "inductor"), options.get("inner_options"), options.get("mode", mode))
+    inner = inner_compiler(options.get("inner", "inductor"), options.get("inner_options"), options.get("mode", mode), settings)
     return settings, inner
 
 
@@ -105,28 +107,6 @@ def _policies(config: object) -> tuple[Policy, ...]:
     if any(isinstance(p, BEAM) and p.train and p not in given for p in policies):
         raise OptionError("a BEAM that trains must be an object, so that its parameters() can be given to an optimiser")
     return policies
-
-
-def _inner_compiler(inner: object, inner_options: object, mode: str | None) -> Callable[..., Any]:
-    """The compiler that gets the rewritten graph."""
-    if inner_options is not None and not isinstance(inner_options, Mapping):
-        raise OptionError(f"option 'inner_options' is {inner_options!r}, expected {OPTIONS['inner_options']}")
-    kwargs: dict[str, Any] = {} if inner_options is None else {"options": dict(inner_options)}
-    if callable(inner):
-        return lambda gm, inputs: inner(gm, inputs, **kwargs)
-    if not isinstance(inner, str):
-        raise OptionError(f"option 'inner' is {inner!r}, expected {OPTIONS['inner']}")
-    if inner == "inductor":
-        # the wrapper torch.compile itself uses, so that mode and options mean what they mean there
-        return torch._TorchCompileInductorWrapper(mode, kwargs.get("options"), None)
-    if mode not in (None, "default"):
-        raise OptionError(f"mode={mode!r} is for the inner compiler 'inductor', and inner is '{inner}'")
-    known = torch._dynamo.list_backends(exclude_tags=())
-    if inner == "moe_sparse" or inner not in known:
-        names = ", ".join(sorted(b for b in known if b != "moe_sparse"))
-        raise OptionError(f"unknown inner compiler '{inner}': expected one of {names}, or a callable")
-    backend = torch._dynamo.lookup_backend(inner)
-    return lambda gm, inputs: backend(gm, inputs, **kwargs)
 
 
 # ------------------------------------------------------------------------------------------------------ reports
@@ -168,21 +148,19 @@ def last_report() -> Report:
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Run ``model(*args, **kwargs)`` once and report its sites, its skips and what a policy would rewrite.
 
-    Nothing is compiled beyond tracing.  For a model already compiled with ``backend="moe_sparse"`` its own options
-    apply; for any other, exact top-K.
+    Nothing is compiled beyond tracing, and what was compiled before stays.  For a model already compiled with
+    ``backend="moe_sparse"``, by whichever of torch.compile's ways, its own options apply; for any other, exact top-K.
 
     Raises:
         What the model itself raises on these arguments, and what ``moe_sparse`` raises.
     """
-    options = {**_options_of(model), "inner": "eager"}
-    options.pop("inner_options", None)
-    compiled = torch.compile(getattr(model, "_orig_mod", model), backend=moe_sparse, options=options)
-    _forget()
-    _Latest.report = report = Report()
-    compiled(*args, **kwargs)
-    report = report if report.graphs else last_report()
+    settings, inner = _parse({**_options_of(model), "inner": "eager"}, None)
+    report = Report()
+    compiled_apart(model, lambda gm, inputs: _compile(gm, inputs, settings, inner, report))(*args, **kwargs)
     if not report.graphs:
         report.add([], [Skip("", _NOTHING_CAPTURED)])
+    _Latest.report = report
+    _forget()
     return report
 
 
@@ -192,12 +170,10 @@ _NOTHING_CAPTURED = (
 )
 
 
-def _options_of(model: object) -> dict[str, Any]:
-    """The options a compiled module was given, if this backend compiled it."""
-    compiler = getattr(getattr(model, "dynamo_ctx", None), "_torchdynamo_orig_backend", None)
-    compiler = compiler or getattr(getattr(model, "dynamo_ctx", None), "callback", None)
-    while compiler is not None and not isinstance(compiler, torch._TorchCompileWrapper):
-        compiler = getattr(compiler, "_torchdynamo_orig_backend", None)
-    if compiler is None or compiler.compiler_name != "moe_sparse":
+def _options_of(model: Callable[..., Any]) -> dict[str, Any]:
+    """The options a model was given, if this backend compiled it, without those of the inner compiler."""
+    compiler = uncompiled(model)[1]
+    if not isinstance(compiler, torch._TorchCompileWrapper) or compiler.compiler_name != "moe_sparse":
         return {}
-    return dict(compiler.kwargs.get("options") or {})
+    options = compiler.kwargs.get("options") or {}
+    return {key: value for key, value in options.items() if key not in ("inner_options", "mode")}

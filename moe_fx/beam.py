@@ -120,6 +120,25 @@ class Masked(nn.Module):
     def policy(self) -> BEAM:
         return self._attached[0].policy
 
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **others: Any) -> None:
+        """The model's own, in the form that traces; HF's Trainer calls it where its arguments ask for it."""
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise BeamError("reentrant checkpointing does not trace: set gradient_checkpointing_kwargs={'use_reentrant': False}")
+        _checkpoint_layers(self.model, gradient_checkpointing_kwargs, **others)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The model's own."""
+        self.model.gradient_checkpointing_disable()  # type: ignore[operator]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As any module's, but tied weights are copied for their second name: HF's Trainer saves no two that share memory."""
+        held, places = super().state_dict(*args, **kwargs), set()
+        for name, tensor in held.items():
+            place = (tensor.data_ptr(), tuple(tensor.shape))
+            held[name] = tensor.clone() if place in places else tensor
+            places.add(place)
+        return held
+
     def forward(self, **inputs: Any) -> Any:
         output = self._attached[0].model(**inputs)
         if getattr(output, "loss", None) is not None:
@@ -497,8 +516,8 @@ class _Run:
         """Write all that a later process needs: masks, what else learned, Adam's moments, beta and the history."""
         tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self._learned.items()}
         for name, parameter in self._learned.items():
-            state = self._optimizer.state[parameter]
-            tensors |= {f"adam/{name}/{key}": state[key].detach().cpu().contiguous() for key in _MOMENTS}
+            moments = self._optimizer.state.get(parameter, {})  # none where nothing flows back
+            tensors |= {f"adam/{name}/{key}": moments[key].detach().cpu().contiguous() for key in _MOMENTS if key in moments}
         state = {"step": self.step, "beta": self._beta, "controller": asdict(self._controller), "history": self.history}
         sample = weights_sample(self.model) if self.recipe.freeze == "masks-only" else None
         content = {"identity": self._identity(), "weights": sample, "state": state}
@@ -524,9 +543,10 @@ class _Run:
         with torch.no_grad():
             for name, parameter in self._learned.items():
                 parameter.copy_(tensors[name])
-                moments = {key: tensors[f"adam/{name}/{key}"].clone() for key in _MOMENTS}
-                on_device = {key: m if key == "step" else m.to(parameter.device) for key, m in moments.items()}
-                self._optimizer.state[parameter] = on_device
+                moments = {key: tensors[f"adam/{name}/{key}"].clone() for key in _MOMENTS if f"adam/{name}/{key}" in tensors}
+                if moments:
+                    on_device = {key: m if key == "step" else m.to(parameter.device) for key, m in moments.items()}
+                    self._optimizer.state[parameter] = on_device
         state = content["state"]
         self.step, self._beta, self.history = state["step"], state["beta"], state["history"]
         self._controller = Controller(**state["controller"])
@@ -567,10 +587,26 @@ def gradient_checkpointing(model: nn.Module, enabled: bool = True) -> Iterator[N
         return
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise BeamError(f"{type(model).__name__} does not support gradient checkpointing: train without it")
-    was_training, hooked = model.training, model.train()
-    hooked.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    hooked: Any = model
+    configs = [hooked.config, hooked.config.get_text_config(decoder=True)]
+    was_training, made_caches = model.training, [getattr(config, "use_cache", True) for config in configs]
+    _checkpoint_layers(model.train())
     try:
         yield
     finally:
-        hooked.gradient_checkpointing_disable()  # type: ignore[operator]
+        hooked.gradient_checkpointing_disable()
         model.train(was_training)
+        for config, made_cache in zip(configs, made_caches, strict=True):
+            config.use_cache = made_cache
+
+
+def _checkpoint_layers(model: Any, settings: Mapping[str, Any] | None = None, **others: Any) -> None:
+    """Let a model of transformers recompute its layers in the backward, in the form that traces.
+
+    That needs no input with a gradient; transformers gives one to a frozen model's embeddings, in a way that does not trace.
+    Nor does the warning trace that such a model makes no cache, so the model is told to make none.
+    """
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={**(settings or {}), "use_reentrant": False}, **others)
+    model.disable_input_require_grads()
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        config.use_cache = False

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_fx.policy import Policy
+from moe_fx.evaluate import Decoder, EvaluationError, compiled_to_the_end, filled_cache
+from moe_fx.policy import Policy, TopK
 from moe_fx.stats import reset_stats, stats
 
 _SEGMENT = 8  # decode steps one configuration runs before the next one's turn
@@ -67,8 +68,7 @@ def bench(
     """
     rows: list[dict[str, object]] = []
     say = advance or (lambda what: None)
-    compiles = len(configurations) + 4
-    with torch._dynamo.config.patch(recompile_limit=max(32, 2 * compiles)), torch.no_grad():
+    with compiled_to_the_end(32 + 2 * len(configurations)), torch.no_grad():
         for batch in batches:
             torch._dynamo.reset()
             lanes = []
@@ -100,22 +100,17 @@ class _Lane:
     """One configuration compiled for one batch size, with a cache of its own."""
 
     def __init__(self, model: nn.Module, policies: Sequence[Policy] | None, inner: str, batch: int, length: int) -> None:
-        from transformers import StaticCache
-
-        config: Any = model.config
         self._model = model
-        self._cache = StaticCache(config=config, max_cache_len=max(length, _SEGMENT))
         self._call = _compiled(model, policies, inner)
         first = torch.zeros(batch, 1, dtype=torch.int64)
-        self._step(model, first)  # the cache takes its shapes outside what is compiled
-        self._cache.reset()
+        self._cache = filled_cache(model, first.to(_device(model)), max(length, _SEGMENT))
         for _ in range(2):
-            self._step(self._call, first)
+            self._step(first)
         self._cache.reset()
 
-    def _step(self, call: Callable[..., Any], column: Tensor) -> None:
+    def _step(self, column: Tensor) -> None:
         ids = column.to(_device(self._model)).contiguous()
-        call(input_ids=ids, past_key_values=self._cache, use_cache=True)
+        self._call(input_ids=ids, past_key_values=self._cache, use_cache=True)
         _wait(self._model)
 
     def turn(self, tokens: Tensor, turn: int) -> float:
@@ -126,7 +121,7 @@ class _Lane:
         milliseconds = []
         for step in range(start, start + _SEGMENT):
             began = time.perf_counter()
-            self._step(self._call, tokens[:, step : step + 1])
+            self._step(tokens[:, step : step + 1])
             milliseconds.append(1000 * (time.perf_counter() - began))
         return statistics.median(milliseconds)
 
@@ -140,9 +135,6 @@ def _compiled(model: nn.Module, policies: Sequence[Policy] | None, inner: str) -
 
 def _active(model: nn.Module, policies: Sequence[Policy] | None, tokens: Tensor, whole: bool = False) -> float:
     """Mean distinct experts per layer, counted outside what is timed."""
-    from moe_fx.evaluate import Decoder
-    from moe_fx.policy import TopK
-
     options: dict[str, Any] = {"policy": list(policies or [TopK()]), "inner": "eager", "stats": True}
     if whole:
         torch._dynamo.reset()
@@ -155,6 +147,8 @@ def _active(model: nn.Module, policies: Sequence[Policy] | None, tokens: Tensor,
         reset_stats()
         for _ in decoder.decode(tokens):
             pass
+    if not stats():
+        raise EvaluationError(f"no expert routing was found in this {type(model).__name__}: see 'moe-fx inspect'")
     return statistics.fmean(site.active for site in stats().values())
 
 

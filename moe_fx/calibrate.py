@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import Node
 
 from moe_fx import similarity
+from moe_fx.apart import compiled_apart
 from moe_fx.artifacts import Artifact, model_identity, read_safetensors, weights_sample, write_safetensors
 
 if TYPE_CHECKING:
@@ -70,14 +71,14 @@ def calibrate(
         far similarities from half of the tokens differ from those of the other half, halved: their standard error.
 
     Raises:
-        CalibrationError: unknown metric, no batch, no site, experts that do not trace, outputs that are not finite, or a
-            checkpoint of something else.
+        CalibrationError: unknown metric, no batch, no site, experts that do not trace or are seen in some batches only, outputs
+            that are not finite, or a checkpoint of something else.
     """
     if metric not in METRICS:
         raise CalibrationError(f"unknown metric '{metric}': expected one of {', '.join(METRICS)}")
     collector = _Collector(metric, folds, noise_seed)
     done = collector.resume(Path(checkpoint), model) if checkpoint is not None else 0
-    compiled = torch.compile(getattr(model, "_orig_mod", model), backend=collector.compile)
+    compiled = compiled_apart(model, collector.compile)
     count = 0
     saved = time.monotonic()
     with _evaluating(model), torch.no_grad():
@@ -86,8 +87,10 @@ def calibrate(
             if count <= done:
                 continue
             args, kwargs = _arguments(batch)
+            seen = collector.tokens()
             with _own_errors():
                 compiled(*args, **kwargs)
+            collector.check_all_seen(seen)
             if checkpoint is not None and (count == done + 1 or time.monotonic() - saved > _CHECKPOINT_SECONDS):
                 collector.save(Path(checkpoint), model, count)
                 saved = time.monotonic()
@@ -113,7 +116,7 @@ class _Collector:
     hidden_sizes: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
-    def compile(self, gm: fx.GraphModule, example_inputs: list[object]) -> Callable[..., Any]:
+    def compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """A torch.compile backend that runs the graph as it is and watches its experts."""
         from moe_fx.owner import ModuleOwner
         from moe_fx.passes.find_sites import find_sites
@@ -136,9 +139,14 @@ class _Collector:
                     f"the experts of site '{name}' have a capacity, which drops tokens when all "
                     "of them go to one expert: raise the capacity for calibration, if the model lets you"
                 )
-            if layers.shared or region is None:
+            if layers.shared or routing.experts is None:
                 self.problems += layers.names(routing.site.name)
                 continue
+            if region is None:
+                raise CalibrationError(
+                    f"the experts' outputs of site '{name}' never come together as one vector per token, so that no expert can "
+                    "be told from another: add them up inside the graph, as [T, H] or in the shape of the router's input"
+                )
             self.hidden_sizes[name] = routing.router.hidden_size
             experts = recognise(routing, region) if not routing.cut.dense else None
             if isinstance(experts, Experts):
@@ -169,7 +177,7 @@ class _Collector:
                     torch.ops.moe_fx.fused_experts(x, w_gate_up, w_down, one, e.expand(len(x), 1).contiguous(), *biases, *how)
                     for e in ids
                 ]
-                self._add(name, outputs, picks, rows)
+                self._add(name, outputs, _per_pick(routing, picks), rows)
 
         stacks = (experts.w_gate_up, experts.w_down, experts.b_gate_up, experts.b_down)
         with gm.graph.inserting_after(experts.region.output):
@@ -191,11 +199,14 @@ class _Collector:
                 for x, is_state in zip(inputs, states, strict=True)
             )
             outputs = [experts(*forced(decision, e), *inputs).flatten(0, -2) for e in range(routing.router.num_experts)]
-            self._add(name, outputs, picks, slice(None))
+            self._add(name, outputs, _per_pick(routing, picks), slice(None))
+
+        def first_pick(weights: Tensor) -> Tensor:
+            return torch.ones_like(weights) if routing.selection.k == 1 else _column(weights, 0)  # one may lack its axis
 
         def forced(decision: tuple[Tensor, ...], expert: int) -> list[Tensor]:
             return [
-                _column(d, expert) if n in dense else _column(d, 0) if d.is_floating_point() else torch.full_like(d, expert)
+                _column(d, expert) if n in dense else first_pick(d) if d.is_floating_point() else torch.full_like(d, expert)
                 for n, d in zip(region.replaced, decision, strict=True)
             ]
 
@@ -224,15 +235,25 @@ class _Collector:
     def _add(self, name: str, outputs: list[Tensor], picks: Picks, rows: slice) -> None:
         stacked = torch.stack(outputs)
         stacked = stacked.float() if stacked.dtype != torch.float64 else stacked  # [E, T, H]
-        if not stacked.isfinite().all():
+        if not torch.stack(stacked.aminmax()).isfinite().all():  # one pass over memory, where isfinite takes six
             raise CalibrationError(f"an expert of site '{name}' gives outputs that are not finite on these batches")
         ids, weights = picks
         if ids is not None and weights is not None:
-            ids = ids.reshape(-1, ids.shape[-1])[rows]
-            weights = weights.reshape(-1, weights.shape[-1])[rows]
-            per_pick = weights if weights.shape == ids.shape else weights.gather(1, ids.long())
-            self._site(name).add_picks(stacked, ids, per_pick)
+            self._site(name).add_picks(stacked, ids[rows], weights[rows])
         self._site(name).add(stacked)
+
+    def tokens(self) -> dict[str, int]:
+        """The tokens that the experts of each site have met."""
+        return {name: site.tokens for name, site in self.sites.items()}
+
+    def check_all_seen(self, before: Mapping[str, int]) -> None:
+        """Refuse to go on when a site that was watched is no longer: its table would be that of some batches only."""
+        for name, tokens in self.tokens().items():
+            if tokens == before.get(name):
+                raise CalibrationError(
+                    f"the experts of site '{name}' were seen in earlier batches and not in this one, whose shape is another: "
+                    "give batches of one shape"
+                )
 
     def save(self, file: Path, model: nn.Module, count: int) -> None:
         """Write all sums, so that ``resume`` can go on after ``count`` batches."""
@@ -263,10 +284,13 @@ class _Collector:
         if problems:
             raise CalibrationError(
                 f"the experts of site '{problems[0]}'{f' and {len(problems) - 1} more' * (len(problems) > 1)} run outside "
-                "the traced graph: use experts that trace, for example model.set_experts_implementation('grouped_mm')"
+                "the traced graph, as a Python loop over the experts that were picked does: use experts that trace, for example "
+                "model.set_experts_implementation('grouped_mm') where the model has them"
             )
         if not self.sites:
-            raise CalibrationError("no expert routing was found in this model: see moe_fx.explain(model, ...)")
+            raise CalibrationError(
+                f"no expert routing was found in this {type(model).__name__}: see 'moe-fx inspect' or moe_fx.explain(model, ...)"
+            )
         sites = {name: {"similarity": site.similarity(), **site.fold_tables()} for name, site in self.sites.items()}
         spreads = [s for site in self.sites.values() if (s := site.spread()) is not None]
         metadata: dict[str, object] = {
@@ -285,6 +309,17 @@ class _Collector:
 
 
 Picks = tuple[Tensor | None, Tensor | None]
+
+
+def _per_pick(routing: Routing, picks: Picks) -> Picks:
+    """Ids and weights [T, K] of a routing decision as the graph holds it."""
+    ids, weights = picks
+    if ids is None or weights is None:
+        return None, None
+    ids = ids.reshape(-1, routing.selection.k)
+    if routing.cut.dense:
+        return ids, weights.reshape(-1, routing.router.num_experts).gather(1, ids.long())
+    return ids, weights.reshape(-1, routing.selection.k)
 
 
 def _column(like: Tensor, index: int) -> Tensor:

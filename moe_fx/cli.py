@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from enum import StrEnum
+from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 import moe_fx
 from moe_fx import beam, inputs, report
-from moe_fx.artifacts import Artifact, ArtifactError
+from moe_fx.artifacts import Artifact, ArtifactError, check_writable, write_file
 from moe_fx.backend import OptionError, explain, last_report
 from moe_fx.calibrate import CalibrationError
 from moe_fx.evaluate import EvaluationError, Evaluator, Stepwise, Windows, pareto, rows_of, windows
@@ -81,11 +82,11 @@ def _command(function: Callable[..., dict[str, Any]]) -> Callable[..., None]:
             with _unwrapped(), _named_extra():
                 _quiet_transformers()
                 result = function(*args, **kwargs)
-        except _EXPECTED as error:
+        except (*_EXPECTED, OSError) as error:
             if as_json:
                 print(json.dumps({"error": str(error), "kind": type(error).__name__}))
             else:
-                _stderr().print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+                _say(f"[bold red]error:[/] {_escaped(str(error))}")
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             _stderr().print("stopped")
@@ -123,12 +124,26 @@ def _quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
+def _check_places(*files: Path | None, plot: Path | None = None) -> None:
+    """No long measurement whose result cannot be kept."""
+    if plot is not None and plot.suffix not in report.PLOTS:
+        raise InputError(f"--plot is {plot}: expected a file name that ends in {' or '.join(report.PLOTS)}")
+    for file in (*files, plot):
+        if file is not None:
+            check_writable(file.expanduser())
+
+
 def _escaped(text: str) -> str:
     return text.replace("[", r"\[")
 
 
 def _stderr() -> Console:
     return Console(stderr=True)
+
+
+def _say(line: str) -> None:
+    """One line to stderr, however long."""
+    _stderr().print(line, highlight=False, soft_wrap=True)
 
 
 def _stdout() -> Console:
@@ -167,8 +182,7 @@ def calibrate(
     as_json: AsJson = False,
 ) -> dict[str, Any]:
     """Measure how similar a model's experts are.  '--data none' uses noise.  Stopped, it goes on where it was."""
-    if not out.expanduser().parent.is_dir():
-        raise ArtifactError(f"cannot save to {out}: there is no directory {out.parent}; create it first")
+    _check_places(out)
     net, tokenizer = inputs.load_model(model, device, dtype)
     no_data = data == ["none"]
     if no_data:
@@ -196,7 +210,7 @@ def calibrate(
             _stdout().print(f"Similarities are known to ± {spread:.4f} (from two halves of the tokens).", highlight=False)
     if spread is None or spread > _STABLE_SPREAD:
         known = "nobody can tell how well" if spread is None else f"only to ± {spread:.3f}"
-        _stderr().print(f"warning: similarities are known {known}: {_tokens(artifact):,} tokens are too few; give more --tokens")
+        _say(f"warning: similarities are known {known}: {_tokens(artifact):,} tokens are too few; give more --tokens")
     return {"artifact": str(out), "sites": list(artifact.sites), "metric": metric.value, "tokens": _tokens(artifact),
             "spread": spread, "digest": artifact.digest}  # fmt: skip
 
@@ -233,12 +247,12 @@ def inspect(
     """Show a model's routers, what would become of their experts, and what was left alone, with the reason."""
     if plot is not None and similarity is None:
         raise InputError("--plot draws similarities: name the artifact with --similarity")
+    _check_places(plot=plot)
     net, _ = inputs.load_model(model, device, dtype)
     tokens = torch.arange(8, device=device)[None] % _vocabulary(net)
     with torch.no_grad():
         # a fresh BEAM keeps every pick, and makes the report say what happens to picks that are switched off
         options: dict[str, Any] = {"policy": BEAM()}
-        torch._dynamo.reset()
         found = explain(torch.compile(net, backend="moe_sparse", options=options), input_ids=tokens, use_cache=False)
     matches: dict[str, dict[str, float]] = {}
     if similarity is not None:
@@ -292,22 +306,26 @@ def evaluate(
     as_json: AsJson = False,
 ) -> dict[str, Any]:
     """Measure what policies cost, the way a server decodes: different texts together, one token each a step."""
+    _check_places(csv_file, plot=plot)
     net, tokenizer = inputs.load_model(model, device, dtype)
     table = None if artifact is None else Artifact.load(artifact).validate(net)
     named = _distinctly_named(policy or [], table)
     documents = inputs.tokenized(inputs.read_documents([Path(d) for d in data]), tokenizer)
     task_manager = _load_tasks(lm_eval) if lm_eval else None
     rows: list[dict[str, Any]] = []
-    for size in batch or [16]:
+    sizes = batch or [16]
+    plots = {size: plot if plot is None or len(sizes) == 1 else plot.with_stem(f"{plot.stem}-{size}") for size in sizes}
+    for size in sizes:
         texts = windows(documents, size, context, stride or context, groups)
-        rows += _evaluate_at(net, texts, named, table if compare else None, compare, inner, plot, as_json)
-    together = max(batch or [16])
+        rows += _evaluate_at(net, texts, named, table if compare else None, compare, inner, plots[size], as_json)
+    together = max(sizes)
     tasks = _run_lm_eval(lm_eval, task_manager, net, tokenizer, named, together, inner) if lm_eval else {}
     if tasks and not as_json:
         _stdout().print(_lm_eval_table(tasks, together))
     if csv_file is not None:
         _write_csv(csv_file, rows)
-    return {"rows": rows, "lm_eval": tasks, "csv": str(csv_file) if csv_file else None, "plot": str(plot) if plot else None}
+    drawn = [str(place) for place in plots.values() if place is not None]
+    return {"rows": rows, "lm_eval": tasks, "csv": str(csv_file) if csv_file else None, "plots": drawn}
 
 
 def _evaluate_at(
@@ -332,8 +350,7 @@ def _evaluate_at(
     if not as_json:
         _stdout().print(report.evaluation_table(rows, title))
     if plot is not None:
-        target = plot if len(rows) == 0 or size == 16 else plot.with_stem(f"{plot.stem}-{size}")
-        report.draw_pareto(target, rows[1:] if len(rows) > 1 else rows, [e.name for e in pareto(found[1:])], title)
+        report.draw_pareto(plot, rows[1:] if len(rows) > 1 else rows, [e.name for e in pareto(found[1:])], title)
     return rows
 
 
@@ -486,14 +503,12 @@ def _lm_eval_table(results: dict[str, Any], batch: int) -> Table:
 
 
 def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    try:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            names = list(dict.fromkeys(name for row in rows for name in row))
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows({k: json.dumps(v) if isinstance(v, dict) else v for k, v in row.items()} for row in rows)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error}") from None
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = StringIO()
+    writer = csv.DictWriter(text, names)
+    writer.writeheader()
+    writer.writerows({k: json.dumps(v) if isinstance(v, dict) else v for k, v in row.items()} for row in rows)
+    write_file(path, text.getvalue().encode())
 
 
 # --------------------------------------------------------------------------------------------------------- tune
@@ -519,6 +534,7 @@ def tune_command(
 ) -> dict[str, Any]:
     """Choose SERE's S and threshold for every layer, and write them into the artifact."""
     limit = _limit(max_kl, max_ppl_increase)
+    _check_places(out)
     net, tokenizer = inputs.load_model(model, device, dtype)
     table = Artifact.load(artifact).validate(net)
     documents = inputs.tokenized(inputs.read_documents([Path(d) for d in data]), tokenizer)
@@ -604,8 +620,7 @@ def train_beam(
 
     --artifact names a calibrated file whose tables go into --out, so that one file serves BEAM and SERE together.
     """
-    if not out.expanduser().parent.is_dir():
-        raise ArtifactError(f"cannot save to {out}: there is no directory {out.parent}; create it first")
+    _check_places(out, plot=plot)
     if freeze is not Freeze.masks_only and model_out is None:
         raise beam.BeamError(f"--freeze {freeze.value} changes the model's own weights: say with --model-out where to keep them")
     recipe = beam.Recipe(
@@ -705,6 +720,7 @@ def bench(
 
     if threads is not None:
         torch.set_num_threads(threads)
+    _check_places(csv_file)
     net, tokenizer = inputs.load_model(model, device, dtype)
     table = None if artifact is None else Artifact.load(artifact).validate(net)
     configurations: dict[str, tuple[Policy, ...] | None] = {f"{inner} alone": None, "moe_sparse, TopK": (TopK(),)}

@@ -170,7 +170,7 @@ class Evaluator:
         options = {"policy": list(policy), "inner": self._inner, "stats": True, "strict": True}
         decoder = Decoder(self.model, *self.texts.groups[0].shape, backend="moe_sparse", options=options)
         if not last_report().sites:
-            raise EvaluationError("no expert routing was found in this model: see 'moe-fx inspect'")
+            raise EvaluationError(f"no expert routing was found in this {type(self.model).__name__}: see 'moe-fx inspect'")
         reset_stats()
         kl, agreed, milliseconds = 0.0, 0, []
         for index, (group, skip) in enumerate(zip(self.texts.groups, self.texts.skips, strict=True)):
@@ -197,40 +197,95 @@ class Evaluator:
         return result
 
 
+def static_cache(model: nn.Module, length: int) -> Any:
+    """A key/value cache of ``length`` positions for a model of transformers, every layer as long.
+
+    A cache of a sliding window counts its steps in a Python number, for which Dynamo would compile every step anew; with all
+    positions kept, the mask alone makes the window.
+    """
+    from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+    cache = StaticCache(config=model.config, max_cache_len=length)  # type: ignore[arg-type]
+    for place, layer in enumerate(cache.layers):
+        if type(layer) is StaticSlidingWindowLayer:
+            whole = cache.layers[place] = StaticLayer(max_cache_len=length)
+            whole.is_sliding = True  # the sliding layers' mask takes its size from here
+    return cache
+
+
+def filled_cache(model: nn.Module, first: Tensor, length: int) -> Any:
+    """``static_cache`` with the shapes it takes from a first token of each text [N, 1], outside what is compiled.
+
+    Raises:
+        EvaluationError: the model does not decode with it.
+    """
+    try:
+        cache = static_cache(model, length)
+        model(input_ids=first, past_key_values=cache, use_cache=True)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise EvaluationError(
+            f"{type(model).__name__} does not decode with a static key/value cache, which is what serves a batch: {reason}"
+        ) from error
+    cache.reset()
+    return cache
+
+
+@contextmanager
+def compiled_to_the_end(limit: int = 16) -> Iterator[None]:
+    """Inside, more compilations of one function than ``limit`` are an error: Dynamo would go on without the policy.
+
+    Raises:
+        EvaluationError: a model asks for more, because something in it changes with every step.
+    """
+    try:
+        with torch._dynamo.config.patch(
+            recompile_limit=max(limit, torch._dynamo.config.recompile_limit), fail_on_recompile_limit_hit=True
+        ):
+            yield
+    except torch._dynamo.exc.FailOnRecompileLimitHit:
+        raise EvaluationError(
+            "something in this model changes with every step, so that torch.compile compiles it anew each time, and it cannot be "
+            "decoded under a policy with this version of transformers: TORCH_LOGS=recompiles shows what changes"
+        ) from None
+
+
 class Decoder:
     """A compiled model with a static key/value cache for N texts.
 
     torch.compile is reset first, unless ``reset`` is False: policies share one forward function, whose compilations Dynamo
     limits in number.
+
+    Raises:
+        EvaluationError: the model does not take a static cache, or cannot be compiled for one.
     """
 
     def __init__(self, model: nn.Module, rows: int, length: int, *, reset: bool = True, **compile_settings: Any) -> None:
-        from transformers import StaticCache
-
         if reset:
             torch._dynamo.reset()
         self._model: Any = getattr(model, "_orig_mod", model)
         self._device = next(self._model.parameters()).device
-        self._cache = StaticCache(config=self._model.config, max_cache_len=length)
         self._compiled = torch.compile(self._model, dynamic=False, **compile_settings)
-        with torch.no_grad():  # the cache takes its shapes from a first token, outside what is compiled
-            self._step(self._model, torch.zeros(rows, 1, dtype=torch.int64))
-            self._cache.reset()
-            self._step(self._compiled, torch.zeros(rows, 1, dtype=torch.int64))
+        first = torch.zeros(rows, 1, dtype=torch.int64)
+        with torch.no_grad():
+            self._cache = filled_cache(self._model, first.to(self._device), length)
+            with compiled_to_the_end():
+                self._step(first)
 
     def decode(self, tokens: Tensor) -> Iterator[tuple[Tensor, float]]:
         """Feed ``tokens`` [N, length] column by column, all but the last: the logits [N, V] after each, and seconds."""
         self._cache.reset()
         for column in tokens[:, :-1].split(1, dim=1):
-            with torch.no_grad():
+            with torch.no_grad(), compiled_to_the_end():
                 start = time.perf_counter()
-                logits = self._step(self._compiled, column)
+                logits = self._step(column)
                 seconds = time.perf_counter() - start
             yield logits, seconds
 
-    def _step(self, call: Callable[..., Any], column: Tensor) -> Tensor:
+    def _step(self, column: Tensor) -> Tensor:
         ids = column.to(self._device).contiguous()
-        logits: Tensor = call(input_ids=ids, past_key_values=self._cache, use_cache=True).logits[:, -1]
+        logits: Tensor = self._compiled(input_ids=ids, past_key_values=self._cache, use_cache=True).logits[:, -1]
         return logits
 
 
@@ -271,10 +326,9 @@ class Stepwise:
 
         Where Dynamo meets more shapes than it would compile it raises, instead of going on without the policy.
         """
-        limits = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
         self._model._compiled_call_impl = self._call
         try:
-            with torch._dynamo.config.patch(limits):
+            with compiled_to_the_end(64):
                 yield
         finally:
             self._model._compiled_call_impl = None

@@ -21,8 +21,10 @@ def load_model(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[nn.
     A folder is read without any network; anything else is taken for the id of a model on the hub.
 
     Raises:
-        InputError: there is no such model, it is none that transformers knows, or it has no tokenizer.
+        InputError: there is no such model, it is none that transformers knows, its files are damaged, it has no tokenizer, or it
+            cannot be put on the device.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(name).expanduser()
@@ -36,10 +38,17 @@ def load_model(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[nn.
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **where)
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
-    except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise InputError(f"cannot load model '{name}': {first_line}") from error
-    return model.to(device).eval().requires_grad_(False), tokenizer
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"cannot load model '{name}': {_first_line(error)}") from error
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"cannot put the model on device '{device}': {_first_line(error)}; choose another --device") from error
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def read_documents(files: Sequence[Path]) -> list[str]:
@@ -107,10 +116,10 @@ def calibration_batches(documents: Sequence[Tensor], tokens: int, length: int, r
     windows = [w for d in documents for w in d.split(length) if len(w) == length]
     wanted = max(1, tokens // length)
     if len(windows) < wanted:
-        total = sum(len(d) for d in documents)
+        total, whole = sum(len(d) for d in documents), len(windows) * length
         raise InputError(
-            f"the data have {total:,} tokens, {len(windows) * length:,} of them in whole windows of {length}, but {tokens:,} are "
-            f"asked for: give more text, or --tokens {len(windows) * length} or a smaller --length"
+            f"the data have {total:,} tokens, {whole:,} of them in whole windows of {length}, but {tokens:,} are asked for: "
+            f"give more text, {f'or --tokens {whole} ' if whole else ''}or a smaller --length"
         )
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:wanted].tolist()
     chosen = torch.stack([windows[i] for i in order])

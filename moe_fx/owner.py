@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Iterator
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -25,6 +30,10 @@ class SiteOwner(Protocol):
         """The smallest module around a router's weight that holds ``num_experts`` experts, as the graph names it."""
         ...
 
+    def may_overwrite(self, weight: Node, num_experts: int) -> bool:
+        """Whether the code of that module may lose one of two picks of one token on one expert."""
+        ...
+
 
 class GraphOwner:
     """No modules: the graph is of a whole model and tells everything itself, as an exported program does."""
@@ -39,6 +48,10 @@ class GraphOwner:
     def expert_block(self, weight: Node, num_experts: int) -> str | None:
         """None: what the graph does not show cannot be known."""
         return None
+
+    def may_overwrite(self, weight: Node, num_experts: int) -> bool:
+        """True: the code is not known."""
+        return True
 
 
 class ModuleOwner:
@@ -61,6 +74,19 @@ class ModuleOwner:
 
         Where Dynamo compiles the router's own forward, that is the module that owns the router: the graph's root.
         """
+        found = self._expert_block(weight, num_experts)
+        return found[0] if found is not None else None
+
+    def may_overwrite(self, weight: Node, num_experts: int) -> bool:
+        """Whether that module's code writes rows to places (``out[rows] += expert(x[rows])``), or cannot be read.
+
+        Where a token has one expert twice, only one of the two would be written.
+        """
+        found = self._expert_block(weight, num_experts)
+        kinds: set[type] = {type(module) for module in found[1].modules()} if found is not None else set()
+        return found is None or any(map(_writes_to_places, kinds))
+
+    def _expert_block(self, weight: Node, num_experts: int) -> tuple[str, nn.Module] | None:
         tensor, relative = _real_tensor(weight), normal_name(source_name(weight) or "")
         for root in self.roots:
             full = parameter_name(root, tensor) if tensor is not None else None
@@ -70,10 +96,12 @@ class ModuleOwner:
             path = relative
             while path:
                 path = path.rpartition(".")[0]
-                if _holds_experts(_submodule(root, ".".join(p for p in (prefix, path) if p)), tensor, num_experts):
-                    return path
-            if prefix and _holds_experts(_submodule(root, prefix.rpartition(".")[0]), tensor, num_experts):
-                return ""
+                block = _submodule(root, ".".join(p for p in (prefix, path) if p))
+                if block is not None and _holds_experts(block, tensor, num_experts):
+                    return path, block
+            block = _submodule(root, prefix.rpartition(".")[0]) if prefix else None
+            if block is not None and _holds_experts(block, tensor, num_experts):
+                return "", block
         return None
 
 
@@ -112,13 +140,11 @@ def _submodule(root: nn.Module, path: str) -> nn.Module | None:
     return {normal_name(name): module for name, module in root.named_modules(remove_duplicate=False)}.get(path)
 
 
-def _holds_experts(block: nn.Module | None, router_weight: Tensor | None, num_experts: int) -> bool:
+def _holds_experts(block: nn.Module, router_weight: Tensor | None, num_experts: int) -> bool:
     """Whether a module holds ``num_experts`` experts: stacked weights, or a list of as many modules.
 
     Weights stacked along their rows, [E * I, H], count where their module also says the number of its experts.
     """
-    if block is None:
-        return False
     for name, module in block.named_modules():
         listed = isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(module) == num_experts
         if listed and "expert" in name.lower():  # a list of layers may be as long
@@ -131,3 +157,33 @@ def _holds_experts(block: nn.Module | None, router_weight: Tensor | None, num_ex
         if says and len(own) >= 2 and all(in_rows):
             return True
     return False
+
+
+@functools.cache
+def _writes_to_places(kind: type) -> bool:
+    """Whether a method of a module's class writes rows to computed places without adding them up, or cannot be read."""
+    return any(map(_is_write_to_places, _statements(kind)))
+
+
+def _statements(kind: type) -> Iterator[ast.AST | None]:
+    """Everything that the methods of a class say, but for those of torch; None for a method whose source is not known."""
+    for base in kind.__mro__:
+        if base.__module__.startswith("torch.") or base is object:
+            continue
+        for function in filter(inspect.isfunction, vars(base).values()):
+            try:
+                yield from ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function))))
+            except (OSError, TypeError, SyntaxError):
+                yield None
+
+
+def _is_write_to_places(statement: ast.AST | None) -> bool:
+    if statement is None:
+        return True
+    if isinstance(statement, ast.Call) and isinstance(statement.func, ast.Attribute):
+        adds = any(k.arg == "accumulate" for k in statement.keywords)
+        return statement.func.attr in ("index_copy_", "index_put_", "index_put", "index_copy") and not adds
+    # not a plain assignment, which is how buffers are filled
+    target = statement.target if isinstance(statement, ast.AugAssign) else None
+    places = ast.walk(target.slice) if isinstance(target, ast.Subscript) else ()
+    return any(isinstance(place, (ast.Name, ast.Call, ast.Attribute)) for place in places)

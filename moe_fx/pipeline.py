@@ -13,18 +13,18 @@ from torch import fx
 
 from moe_fx.owner import ModuleOwner, SiteOwner
 from moe_fx.passes.bind import Binder
-from moe_fx.passes.bodies import checkpointed_bodies, put_back
+from moe_fx.passes.bodies import checkpointed_bodies, put_back, sites_in_bodies
 from moe_fx.passes.check import check
 from moe_fx.passes.find_sites import Routing, find_sites
 from moe_fx.passes.fuse_experts import recognise, runs_our_op
 from moe_fx.passes.fuse_routing import fuse_routing
-from moe_fx.passes.graph import fake, plain_name, qualified_op
+from moe_fx.passes.graph import fake, qualified_op
 from moe_fx.passes.inline_experts import inline_experts
 from moe_fx.passes.mlp import Experts
 from moe_fx.passes.normalize import NormalizeError, normalize
 from moe_fx.passes.region import find_region
 from moe_fx.passes.reroute import reroute
-from moe_fx.passes.selection import SELECTIONS
+from moe_fx.passes.selection import selects
 from moe_fx.policy import BEAM, Policy, TopK
 from moe_fx.report import Report
 from moe_fx.site import Layers, Site, Skip
@@ -86,11 +86,11 @@ def run(gm: fx.GraphModule, settings: Settings, report: Report) -> fx.GraphModul
         new = _rewrite_graph(body, settings, report)
         rewritten = rewritten or new is not body
         put_back(gm, name, new)
-    return gm if rewritten and not _selects(gm, inside=False) else _rewrite_graph(gm, settings, report)
+    return gm if rewritten and not selects(gm, inside=False) else _rewrite_graph(gm, settings, report)
 
 
 def _rewrite_graph(gm: fx.GraphModule, settings: Settings, report: Report) -> fx.GraphModule:
-    if not _selects(gm):  # most graphs of a model that breaks, and all of one without experts, cost nothing more
+    if not selects(gm):  # most graphs of a model that breaks, and all of one without experts, cost nothing more
         return _untouched(gm, report, [], _ops(gm))
     owner = ModuleOwner(known_sites=_known_sites(settings.policies))
     try:
@@ -107,6 +107,7 @@ def rewrite(gm: fx.GraphModule, owner: SiteOwner, settings: Settings, report: Re
     before = _ops(gm)
     with _timed(report, "find"):
         routings, skips = find_sites(gm, owner)
+        skips += sites_in_bodies(gm)
         layers = {r: owner.layers(r.router.weight, r.site) for r in routings}
     with _timed(report, "fuse"):
         experts = {r: found for r in routings if (found := _recognise(gm, r, settings)) is not None}
@@ -127,7 +128,7 @@ def rewrite(gm: fx.GraphModule, owner: SiteOwner, settings: Settings, report: Re
     report.ops_before += before
     if rewritten:
         with _timed(report, "check"):
-            check(gm, rewritten)
+            check(gm, rewritten, exact=all(isinstance(p, TopK) for p in settings.policies))
         with _timed(report, "rewrite"):
             if _fuses_routing(gm, rewritten, settings):
                 fuse_routing(gm)
@@ -175,13 +176,6 @@ def _rewrite(
     if reason is not None:
         return Skip(routing.site.name, reason, routing=True)
     return "fused" if known is not None else "folded" if settings.switches_off else "untouched"
-
-
-def _selects(gm: fx.GraphModule, inside: bool = True) -> bool:
-    """Whether a graph, or one inside it, selects anything: without that there is no routing to find."""
-    graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)] if inside else [gm.graph]
-    targets = {n.target for graph in graphs for n in graph.nodes}
-    return not SELECTIONS.isdisjoint(map(plain_name, targets))
 
 
 def _untouched(gm: fx.GraphModule, report: Report, skips: list[Skip], before: Counter[str]) -> fx.GraphModule:

@@ -6,14 +6,16 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from moe_fx.artifacts import Artifact
+from moe_fx.artifacts import Artifact, write_file
 from moe_fx.site import Site, Skip
+
+PLOTS = (".png", ".svg", ".pdf")  # what plots may be written as
 
 
 @dataclass
@@ -228,6 +230,7 @@ def _pyplot() -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=130, format=path.suffix.removeprefix("."))
     _pyplot().close(figure)
+    write_file(path, drawn.getvalue())

@@ -28,15 +28,14 @@ from moe_fx.kernels.reference import frobenius_similarity
 
 WINDOW = 1024  # tokens of a CKA window
 _GATHER_BYTES = 2**24  # outputs that wait at a site for a window to fill; larger batches are a window of their own
-_SLICE = 2**16  # columns that a Gram matrix takes at a time in float64
+_SLICE = 2**13  # columns that a Gram matrix takes at a time in float64: 128 experts' then stay in the cache
 
 
 def gram(outputs: Tensor) -> Tensor:
     """<F_i, F_j> over all tokens, float64 [E, E]."""
-    flat = outputs.flatten(1)
-    total = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat.device)
-    for part in flat.split(_SLICE, dim=1):
-        wide = part.double()
+    total = torch.zeros(len(outputs), len(outputs), dtype=torch.float64, device=outputs.device)
+    for part in outputs.split(max(1, _SLICE // outputs.shape[-1]), dim=1):
+        wide = part.double().flatten(1)
         total += wide @ wide.T
     return total
 

@@ -51,6 +51,25 @@ def tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from root.named_buffers(remove_duplicate=False)
 
 
+@dataclass(frozen=True)
+class _Found:
+    """The tensor of one layer, and where the layer's router weight was found."""
+
+    root: weakref.ref[nn.Module]
+    path: tuple[str, ...]
+    tensor: Tensor
+
+    def still_holds(self, weight: Tensor) -> bool:
+        """Whether the weight is where it was: a few dict look-ups, at every run."""
+        module = self.root()
+        for step in self.path[:-1]:
+            module = module._modules.get(step) if module is not None else None
+        if module is None:
+            return False
+        held: Tensor | None = module._parameters.get(self.path[-1], module._buffers.get(self.path[-1]))
+        return held is not None and held.data_ptr() == weight.data_ptr()
+
+
 @dataclass
 class SiteTable:
     """Artifact tensors of the layers that share a graph, found by the identity of each layer's router weight.
@@ -67,7 +86,7 @@ class SiteTable:
     suffix: str
     scope: str
     roots: list[weakref.ref[nn.Module]]
-    _by_address: dict[int, tuple[weakref.ref[Tensor], Tensor]] = field(default_factory=dict)
+    _by_address: dict[int, _Found] = field(default_factory=dict)
 
     @classmethod
     def of(cls, artifact: Artifact, kind: str, suffix: str, scope: str, roots: list[nn.Module]) -> SiteTable:
@@ -76,24 +95,23 @@ class SiteTable:
 
     def lookup(self, weight: Tensor, shape: list[int]) -> Tensor:
         """The tensor for the layer whose router weight is ``weight``."""
-        owner, tensor = self._by_address.get(weight.data_ptr(), (None, None))
-        live = owner() if owner is not None else None
-        if tensor is None or live is None or live.data_ptr() != weight.data_ptr():
-            parameter, name = self._resolve(weight)
+        found = self._by_address.get(weight.data_ptr())
+        if found is None or not found.still_holds(weight):  # the layers may have changed places since
+            root, path, name = self._resolve(weight)
             hidden_size = shape[1] if self.kind == "mask_router" else None
             tensor = self.artifact.tensor(name, self.kind, shape[0], hidden_size).to(weight.device)
-            self._by_address[weight.data_ptr()] = (weakref.ref(parameter), tensor)
-        return tensor
+            found = self._by_address[weight.data_ptr()] = _Found(weakref.ref(root), path, tensor)
+        return found.tensor
 
-    def _resolve(self, weight: Tensor) -> tuple[Tensor, str]:
-        """The parameter with this memory and the name of its layer's site."""
+    def _resolve(self, weight: Tensor) -> tuple[nn.Module, tuple[str, ...], str]:
+        """The root and the path in it of the parameter with this memory, and the name of its layer's site."""
         roots = [*(r for ref in self.roots if (r := ref()) is not None), *roots_on_stack()]
         candidates = [c for root in roots for c in self._in_root(root, weight)]
         # an artifact's site names tell which of several nested modules the user calls the model
-        named = [c for c in candidates if c[1] in self.artifact.sites]
-        if len({name for _, name in named}) > 1:
+        named = [c for c in candidates if c[2] in self.artifact.sites]
+        if len({name for _, _, name in named}) > 1:
             raise RuntimeError(
-                f"sites {', '.join(sorted({repr(name) for _, name in named}))} share one router weight and one graph, so that "
+                f"sites {', '.join(sorted({repr(name) for _, _, name in named}))} share one router weight and one graph, so that "
                 "moe_fx cannot tell which is running: use experts that trace (set_experts_implementation('grouped_mm'))"
             )
         for candidate in (*named, *candidates):
@@ -103,12 +121,12 @@ class SiteTable:
             "stack. Compile the whole model, with experts that trace (model.set_experts_implementation('grouped_mm'))"
         )
 
-    def _in_root(self, root: nn.Module, weight: Tensor) -> Iterator[tuple[Tensor, str]]:
+    def _in_root(self, root: nn.Module, weight: Tensor) -> Iterator[tuple[nn.Module, tuple[str, ...], str]]:
         for name, parameter in tensors(root):
             full = normal_name(name)
             if parameter.data_ptr() == weight.data_ptr() and full.endswith(self.suffix):
                 prefix = full.removesuffix(self.suffix).strip(".")
-                yield parameter, ".".join(p for p in (prefix, self.scope) if p)
+                yield root, tuple(name.split(".")), ".".join(p for p in (prefix, self.scope) if p)
 
 
 #: Tables by a key that is a literal of the graphs reading them.

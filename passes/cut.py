@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch.fx.node import Node
 
 from moe_fx.passes import graph as g
-from moe_fx.passes.graph import Weights, argument, is_float, is_integer, op, rank, same_shape, size
+from moe_fx.passes.graph import Weights, argument, dtype, is_float, is_integer, op, rank, same_shape, size
 from moe_fx.passes.proof import REACH, Proof, is_expert_stack, meets_experts
 from moe_fx.passes.router import SCORE_WISE, Router
 from moe_fx.passes.selection import Selection
@@ -61,6 +63,7 @@ def find_cut(selection: Selection, router: Router, weights: Weights) -> tuple[Cu
     reason = reason or _follow_dense(router, dense_like, cut)
     reason = reason or _looks_up_scores(selection, router, weights, cut)
     reason = reason or _writes_at_ids(cut)
+    reason = reason or _leaves_picks_out(selection, cut)
     if not reason and not (cut.ids or cut.dense):
         reason = "its ids are not used outside the router"
     if not reason and cut.ids and cut.dense:
@@ -69,16 +72,16 @@ def find_cut(selection: Selection, router: Router, weights: Weights) -> tuple[Cu
 
 
 def _looks_up_scores(selection: Selection, router: Router, weights: Weights, cut: Cut) -> str:
-    """Scores read by what became of the ids, other than by ``gather``: weights that would change with the ids."""
+    """Scores read by what became of the picks, other than by ``gather`` or a mask: weights that would change with the ids."""
     scores, stack = {router.linear}, [router.linear]
     while stack:
         for user in stack.pop().users:
-            wide = op(user) in SCORE_WISE and is_float(user) and size(user, -1) == router.num_experts
+            wide = is_float(user) and router.num_experts in (g.shape(user) or ()) and op(user) in SCORE_WISE | g.TRANSPOSES
             if wide and user not in scores and (user < selection.node or user is selection.scores):
                 scores.add(user)
                 stack.append(user)
     seen: set[Node] = set()
-    frontier = [e.user for e in cut.ids if e.user.op != "output"]
+    frontier = [e.user for e in (*cut.ids, *cut.dense) if e.user.op != "output"]
     for _ in range(REACH):
         reached = []
         for node in frontier:
@@ -86,13 +89,50 @@ def _looks_up_scores(selection: Selection, router: Router, weights: Weights, cut
                 continue
             seen.add(node)
             if any(i in scores or (op(i) in g.LAYOUT and i.all_input_nodes[0] in scores) for i in node.all_input_nodes):
-                return f"its ids look scores up in a way that is not known ({op(node)}), so its weights would change with them"
+                return f"its picks meet scores in a way that is not known ({op(node)}), so its weights would change with them"
             if not is_float(node) or size(node, -1) in (router.num_experts, selection.k):
                 reached += [u for u in node.users if u.op == "call_function"]
         if not reached:
             break
         frontier = reached
     return ""
+
+
+def leaves_weights_out(selection: Selection, cut: Cut) -> bool:
+    """Whether the weights of some picks are not read, so that a weight of 0 would not switch them off."""
+    read: set[int] = set()
+    for edge in cut.weights:
+        columns = _columns(edge, selection) if selection.is_per_pick(edge.node) else None
+        if columns is None:
+            return False
+        if not all(g.reads_shape_only(user, edge.user) for user in edge.user.users):
+            read |= columns
+    return bool(cut.weights) and len(read) < selection.k
+
+
+def _leaves_picks_out(selection: Selection, cut: Cut) -> str:
+    """Picks that were selected and never reach the experts: the decision is another than the selection's."""
+    read: set[int] = set()
+    for edge in cut.ids:
+        columns = _columns(edge, selection) if selection.is_per_pick(edge.node) and not selection.squeezed else None
+        if columns is None:
+            return ""
+        read |= columns
+    missing = len(set(range(selection.k)) - read) if read else 0
+    return f"its experts read only {selection.k - missing} of the {selection.k} picks that it selects" if missing else ""
+
+
+def _columns(edge: Edge, selection: Selection) -> set[int] | None:
+    """Which picks' columns an op takes from ids [..., K]; None if it reads all of them."""
+    name, user, last = op(edge.user), edge.user, rank(edge.node) - 1
+    if name not in ("slice", "select") or argument(user, "dim", 1, 0) not in (-1, last):
+        return None
+    picks = range(selection.k)
+    if name == "select":
+        return {picks[cast(int, argument(user, "index", 2))]}
+    bounds = [argument(user, key, i) for i, key in ((2, "start"), (3, "end"), (4, "step"))]
+    known = all(bound is None or isinstance(bound, int) for bound in bounds)
+    return set(picks[slice(*cast("list[int | None]", bounds))]) if known else None
 
 
 def _writes_at_ids(cut: Cut) -> str:
@@ -125,12 +165,16 @@ def _follow_ids(
             if name in g.ID_WISE and user.args[0] is node and is_integer(user):
                 stack.append(user)
             elif _gathers_score(user, node, router, weights) and _stays_a_weight(user, node):
+                if _is_turned(node) and rank(node) == rank(ids):
+                    return f"its weights are looked up by transposed ids ({name})"
                 weight_like.add(user)
             elif name == "scatter" and _scatters_into_experts(user, node, router):
                 if _counts_tokens(user):
                     cut.counts += [Edge(user, reader) for reader in user.users]
                 else:
                     dense_like[user] = ""
+            elif name == "one_hot" and (mask := _mask_of_scores(user, router)) is not None:
+                dense_like[mask] = ""
             elif name in ARITHMETIC:
                 return f"its ids are changed by arithmetic ({name}) before they select"
             else:
@@ -138,6 +182,25 @@ def _follow_ids(
             if _mutates(user, node):
                 return f"its ids are changed in place by {name}"
     return ""
+
+
+def _mask_of_scores(hot: Node, router: Router) -> Node | None:
+    """one_hot(ids) [..., K, E] summed over the picks, where that only says which scores stay; None where it says more."""
+    summed = hot
+    while op(summed) in g.CASTS | {"one_hot"} and len(summed.users) == 1:
+        summed = next(iter(summed.users))
+    dims = argument(summed, "dim", 1)
+    over_picks = dims in ([-2], [rank(summed) - 1], -2, rank(summed) - 1) and not argument(summed, "keepdim", 2, False)
+    if op(summed) not in ("sum", "amax", "any") or not over_picks or size(summed, -1) != router.num_experts:
+        return None
+    stack = [summed]
+    while stack:
+        for user in stack.pop().users:
+            if op(user) in g.CASTS | _MASK_TESTS:
+                stack.append(user)
+            elif op(user) not in ("mul", "where", "masked_fill") or not _is_row_of_experts(user, router):
+                return None
+    return summed
 
 
 def _stays_a_weight(looked_up: Node, ids: Node) -> bool:
@@ -152,6 +215,8 @@ def _gathers_score(user: Node, ids: Node, router: Router, weights: Weights) -> b
     name = op(user)
     if name in ("gather", "take_along_dim"):
         source = user.args[0]
+        if op(ids) == "expand" and size(ids, -1) not in (1, size(ids.args[0], -1)):
+            return False  # a whole vector for each pick
         return is_float(source) and rank(source) == rank(ids) and user.args[0] is not ids and source not in weights
     if name == "index":
         source, index = user.args[0], user.args[1]
@@ -162,14 +227,27 @@ def _gathers_score(user: Node, ids: Node, router: Router, weights: Weights) -> b
     return False
 
 
+def _is_turned(ids: Node) -> bool:
+    """Whether ids were transposed, and not back again, or repeated since they were picked."""
+    order = [*range(rank(ids))]
+    while op(ids) in g.LAYOUT | g.CASTS:
+        before = ids.all_input_nodes[0]
+        if op(ids) in g.TRANSPOSES:
+            axes = g.axes_before(ids)
+            order = [axes[axis] for axis in order]
+        elif not same_shape(ids, before):
+            if op(ids) == "expand" or order != sorted(order):
+                return True
+            order = [*range(rank(before))]
+        ids = before
+    return order != sorted(order)
+
+
 def _scatters_into_experts(user: Node, ids: Node, router: Router) -> bool:
     """Whether ``scatter(base, -1, ids, ...)`` marks each token's picks in a row of all experts."""
     dim, index = argument(user, "dim", 1), argument(user, "index", 2)
-    laid_out = ids
-    while op(laid_out) in g.RESHAPES | g.CASTS:
-        laid_out = laid_out.all_input_nodes[0]
-    if op(laid_out) in g.LAYOUT:
-        return False  # transposed: another token's picks may stand in a row
+    if _is_turned(ids):
+        return False  # another token's picks may stand in a row
     return index is ids and dim in (-1, rank(user) - 1) and size(user, -1) == router.num_experts and user.args[0] is not ids
 
 
@@ -269,27 +347,41 @@ def _feeds_back(reduction: Node, selection: Selection) -> bool:
     return False
 
 
-#: What an op makes of a row over all experts that is zero ("zero") or -inf ("-inf") wherever nothing was picked.
+#: Comparisons of a matrix with a number.
+_MASK_TESTS = frozenset("bool gt ge lt le eq ne bitwise_not logical_not".split())
+#: What an op makes of a row over all experts that is 0 ("zero"), -inf ("-inf") or 1 ("one") wherever nothing was picked,
+#: or is a mask, False ("picked") or True ("unpicked") there.
 _DENSE_RULES = {
     "zero": {
-        "mul": "zero", "div": "zero", "bool": "picked", "sum": "row", "amax": "row", "clamp_min": "zero",
+        "mul": "zero", "div": "zero", "bool": "picked", "sum": "row", "amax": "row",
         **dict.fromkeys(g.RESHAPES | g.CASTS, "zero"),
     },
     "-inf": {
         "softmax": "zero", "_softmax": "zero", "sigmoid": "zero", "exp": "zero", "add": "-inf",
         **dict.fromkeys(g.RESHAPES | g.CASTS, "-inf"),
     },
+    "one": {"bool": "unpicked", **dict.fromkeys(g.RESHAPES | g.CASTS, "one")},
+    "picked": {
+        "bitwise_not": "unpicked", "logical_not": "unpicked", "mul": "zero",
+        **dict.fromkeys(g.RESHAPES, "picked"), **dict.fromkeys(g.CASTS, "zero"),
+    },
+    "unpicked": {
+        "bitwise_not": "picked", "logical_not": "picked",
+        **dict.fromkeys(g.RESHAPES, "unpicked"), **dict.fromkeys(g.CASTS, "one"),
+    },
 }  # fmt: skip
+#: The masks that matrices of these numbers become.
+_AS_MASK = {"zero": "picked", "one": "unpicked"}
 
 
 def _follow_dense(router: Router, dense_like: dict[Node, str], cut: Cut) -> str:
     """Follow matrices [..., E] made by scattering; the experts must read them where unpicked entries are zero."""
     stack = []
     for node in list(dense_like):
-        state = _background(node.args[0])
+        state = "zero" if op(node) != "scatter" else _background(node.args[0])
         if state is None:
             return "its picks are scattered into a matrix whose other entries are neither 0 nor -inf"
-        dense_like[node] = state
+        dense_like[node] = _AS_MASK.get(state, state) if dtype(node) == torch.bool else state
         stack.append(node)
     while stack:
         node = stack.pop()
@@ -315,10 +407,12 @@ def _dense_step(node: Node, dense_like: dict[Node, str], user: Node, router: Rou
             return "row"
         divides = any(dense_like.get(i) == "zero" for i in user.all_input_nodes)
         return "zero" if divides and _is_row_of_experts(user, router) else None
-    after = _DENSE_RULES.get(state, {}).get(name)
+    after = _DENSE_RULES[state].get(name) or _compared_with_number(node, user, state) or _kept_by_mask(node, user, state)
+    if dtype(user) == torch.bool and after is not None:
+        after = _AS_MASK.get(after, after)
     if after == "row":
         return "row" if any(_is_row_of_experts(u, router) or op(u) in WEIGHT_WISE for u in user.users) else None
-    if after is None or not _is_row_of_experts(user, router):
+    if after is None or not _is_row_of_experts(user, router, mask=after not in ("zero", "-inf") or not is_float(user)):
         return None
     if name == "div" and user.args[0] is not node:
         return None
@@ -329,22 +423,50 @@ def _dense_step(node: Node, dense_like: dict[Node, str], user: Node, router: Rou
     return after
 
 
-def _is_row_of_experts(node: Node, router: Router) -> bool:
-    return is_float(node) and size(node, -1) == router.num_experts and rank(node) <= 3
+def _compared_with_number(node: Node, user: Node, state: str) -> str | None:
+    """The mask that a matrix becomes by a comparison, as 0 or 1, where nothing was picked, compares with the number."""
+    tests = {"gt": operator.gt, "ge": operator.ge, "lt": operator.lt, "le": operator.le, "eq": operator.eq, "ne": operator.ne}
+    background = {"zero": 0, "one": 1}.get(state)
+    number = user.args[1] if op(user) in tests and user.args[0] is node else None
+    if background is None or not isinstance(number, (int, float)):
+        return None
+    return "unpicked" if tests[op(user)](background, number) else "picked"
+
+
+def _kept_by_mask(node: Node, user: Node, state: str) -> str | None:
+    """What scores are, where nothing was picked, after a mask said which of them stay."""
+    name = op(user)
+    if name == "where" and user.args[0] is node and len(user.args) == 3 and state in ("picked", "unpicked"):
+        return _background(user.args[2 if state == "picked" else 1])
+    if name == "masked_fill" and state == "unpicked" and user.args[1] is node:
+        return _background(user.args[2])
+    return None
+
+
+def _is_row_of_experts(node: Node, router: Router, mask: bool = False) -> bool:
+    return (is_float(node) or mask) and size(node, -1) == router.num_experts and rank(node) <= 3
 
 
 def _background(base: object) -> str | None:
-    """What a freshly filled tensor holds: "zero", "-inf", or None for anything else."""
+    """What a number, or a freshly filled tensor, is: "zero", "one", "-inf" (or so low as to be that), or None for others."""
     while isinstance(base, Node) and op(base) in g.RESHAPES | g.CASTS | {"expand"}:
         base = base.args[0]
-    if not isinstance(base, Node):
+    if isinstance(base, Node) and base.op == "get_attr":
+        constant = getattr(base.graph.owning_module, str(base.target), None)
+        base = constant.item() if isinstance(constant, torch.Tensor) and constant.numel() == 1 else None
+    if isinstance(base, Node):
+        name = op(base)
+        filled = {"zeros": 0, "zeros_like": 0, "new_zeros": 0, "ones": 1, "ones_like": 1, "new_ones": 1}
+        place = {"full": 1, "full_like": 1, "new_full": 2, "fill": 1, "scalar_tensor": 0}.get(name)
+        key = {"fill": "value", "scalar_tensor": "s"}.get(name, "fill_value")
+        base = filled.get(name) if place is None else argument(base, key, place)
+    if not isinstance(base, (int, float)):
         return None
-    name = op(base)
-    if name in ("zeros", "zeros_like", "new_zeros"):
-        return "zero"
-    fill = {"full": 1, "full_like": 1, "new_full": 2, "fill": 1, "masked_fill": None}.get(name)
-    number = argument(base, "fill_value" if name != "fill" else "value", fill) if fill is not None else None
-    return {0.0: "zero", float("-inf"): "-inf"}.get(number) if isinstance(number, (int, float)) else None
+    return "-inf" if base <= _LOWEST else {0.0: "zero", 1.0: "one"}.get(base)
+
+
+#: Beside any score, the lowest float16 and all below give 0 in a softmax, as -inf does.
+_LOWEST = torch.finfo(torch.float16).min
 
 
 def weighs_input(cut: Cut, proof: Proof, router: Router, weights: Weights) -> bool:

@@ -24,8 +24,8 @@ from moe_fx.passes import graph as g
 from moe_fx.passes.cut import Cut, find_cut, weighs_input
 from moe_fx.passes.graph import Weights, is_float, is_integer, module_path, op, rank, size
 from moe_fx.passes.proof import REACH, becomes_one_hot, prove_experts
-from moe_fx.passes.router import Router, find_router, scoring
-from moe_fx.passes.selection import SELECTION_RULES, Selection, selections, takes_lowest, unreadable
+from moe_fx.passes.router import SCORE_WISE, Router, find_router, scoring
+from moe_fx.passes.selection import SELECTION_RULES, Selection, selections, takes_lowest, thresholds, unreadable
 from moe_fx.site import Site, Skip, normal_name
 
 
@@ -42,13 +42,18 @@ class Routing:
     cut: Cut
     experts: Node | None  # the first op where the ids meet the experts; None where that is outside the graph
     weighs_input: bool  # whether the weights multiply what goes into the experts, not what comes out
+    distinct: bool = False  # whether a token may have each expert only once, as code outside the graph may write over it
 
 
 class Owner(Protocol):
-    """What a graph cannot tell by itself: the modules its inputs belong to (see ``moe_fx.binding``)."""
+    """What a graph cannot tell by itself: the modules its inputs belong to (see ``moe_fx.owner``)."""
 
     def expert_block(self, weight: Node, num_experts: int) -> str | None:
         """The smallest module around a router's weight that holds ``num_experts`` experts, as the graph names it."""
+        ...
+
+    def may_overwrite(self, weight: Node, num_experts: int) -> bool:
+        """Whether the code of that module may lose one of two picks of one token on one expert."""
         ...
 
 
@@ -58,6 +63,7 @@ def find_sites(gm: fx.GraphModule, owner: Owner | None = None) -> tuple[list[Rou
     Time is linear in the number of nodes: each selection is followed only as far as its own router and cut.
     """
     weights = Weights(gm.graph)
+    root = "" if any(n.meta.get("nn_module_stack") for n in gm.graph.nodes) else None  # what bears no path is the root's
     routers = [(s, find_router(s, weights)) for s in selections(gm.graph)]
     singles = Counter(r.linear for s, r in routers if r is not None and op(s.node) in ("max", "argmax"))
     found: list[Routing] = []
@@ -70,15 +76,28 @@ def find_sites(gm: fx.GraphModule, owner: Owner | None = None) -> tuple[list[Rou
         elif op(selection.node) in ("max", "argmax") and singles[router.linear] > 1:
             result = Skip(_name(selection), "its picks are chosen one after another and never joined in one tensor", True)
         else:
-            result = _examine(selection, router, weights, owner)
+            result = _examine(selection, router, weights, owner, root)
         if result is not None:
             (found if isinstance(result, Routing) else skips).append(result)  # type: ignore[arg-type]
     unread = (_examine_unknown(s, weights, f"how it selects ({op(s.node)}) is not known") for s in unreadable(gm.graph))
-    return _distinct_names(found), [*skips, *(s for s in unread if s is not None)]
+    masks = (_examine_threshold(s, weights) for s in thresholds(gm.graph))
+    return _distinct_names(found), [*skips, *(s for s in (*unread, *masks) if s is not None)]
 
 
 def _name(selection: Selection) -> str:
     return module_path(selection.node) or selection.node.name
+
+
+def _examine_threshold(selection: Selection, weights: Weights) -> Skip | None:
+    """Scores that are kept where they reach the k-th best: routing, if what is kept weighs experts."""
+    router = find_router(selection, weights)
+    if router is None or prove_experts(selection, router, weights).at is None:
+        return None
+    reason = (
+        "it keeps every score that reaches the k-th best, which may be more than K where some are equal: select by the ids "
+        "of topk, and set to 0 what they leave (torch.zeros_like(scores).scatter(-1, ids, values))"
+    )
+    return Skip(_name(selection), reason, routing=True)
 
 
 def _examine_unknown(selection: Selection, weights: Weights, reason: str) -> Skip | None:
@@ -90,8 +109,25 @@ def _examine_unknown(selection: Selection, weights: Weights, reason: str) -> Ski
     scores = selection.scores
     proof = prove_experts(selection, Router(scores, scores, scores, num_experts, 0), weights)
     if proof.at is None:
-        return None
+        alone = proof.leaves_graph and selection.k > 1 and num_experts <= _MOST_EXPERTS and _enters_from_outside(scores, weights)
+        return Skip(_name(selection), _ALONE) if alone else None
     return Skip(_name(selection), reason, routing=True)
+
+
+#: A choice among more than these is one of words.
+_MOST_EXPERTS = 1024
+_ALONE = (
+    "its scores enter this graph from outside and its ids leave it, so nothing tells whether it routes: take the graph breaks "
+    "before and behind it away (TORCH_LOGS=graph_breaks shows them)"
+)
+
+
+def _enters_from_outside(scores: Node, weights: Weights) -> bool:
+    """Whether scores are, but for score-wise ops, an input of the graph."""
+    node: Node | None = scores
+    while node is not None and op(node) in SCORE_WISE:
+        node = next((i for i in node.all_input_nodes if is_float(i)), None)
+    return node is not None and node.op == "placeholder" and node not in weights
 
 
 def _looked_up_stack(ids: Node, weights: Weights) -> Node | None:
@@ -118,9 +154,15 @@ def _origin(scores: Node) -> str:
     return " of ".join(names) or "they enter this graph from outside"
 
 
-def _examine(selection: Selection, router: Router, weights: Weights, owner: Owner | None) -> Routing | Skip | None:
-    """All that is asked of a selection whose scores come from a router."""
+def _examine(
+    selection: Selection, router: Router, weights: Weights, owner: Owner | None, root: str | None
+) -> Routing | Skip | None:
+    """All that is asked of a selection whose scores come from a router.
+
+    ``root`` is the path of what bears none: None where the graph tells no modules.
+    """
     where = module_path(selection.node)
+    where = root if where is None else where
     name = _name(selection)
     proof = prove_experts(selection, router, weights)
     cut, reason = find_cut(selection, router, weights)
@@ -139,8 +181,10 @@ def _examine(selection: Selection, router: Router, weights: Weights, owner: Owne
         if block is None:
             return Skip(name, f"its ids are never seen to select among {router.num_experts} experts{proof.hint}")
         scope = block
+    outside = proof.at is None and not cut.dense
+    distinct = outside and selection.k > 1 and owner is not None and owner.may_overwrite(router.weight, router.num_experts)
     site = Site(scope, router.num_experts, selection.k, router.hidden_size, scoring(selection, router))
-    return Routing(site, selection, router, cut, proof.at, weighs_input(cut, proof, router, weights))
+    return Routing(site, selection, router, cut, proof.at, weighs_input(cut, proof, router, weights), distinct)
 
 
 def _weight_path(weight: Node) -> str:

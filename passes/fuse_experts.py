@@ -619,33 +619,12 @@ def _repeat_grid(interpreter: _Interpreter, node: Node) -> Any:
 
 def _permute(interpreter: _Interpreter, node: Node) -> Any:
     """Dimensions in another order."""
-    meaning, rank = interpreter.meaning(node.args[0]), g.rank(node)
-    order = _order(node, rank)
-    if order is None:
-        return None
+    meaning, order = interpreter.meaning(node.args[0]), g.axes_before(node)
     if isinstance(meaning, One):
         return replace(meaning, turned=not meaning.turned) if order == [1, 0] else None
     if isinstance(meaning, (Grid, Gates)):
         return replace(meaning, axes="".join(meaning.axes[d] for d in order))
     return None
-
-
-def _order(node: Node, rank: int) -> list[int] | None:
-    """Which dimension of its input each dimension of a transpose is."""
-    order = list(range(rank))
-    if op(node) == "permute":
-        dims = argument(node, "dims", 1)
-        return [d % rank for d in dims] if isinstance(dims, (list, tuple)) else None
-    if op(node) in ("t", "numpy_T", "mT"):
-        swapped = (rank - 2, rank - 1) if rank == 2 or op(node) == "mT" else None
-    else:
-        given = [argument(node, "dim0", 1), argument(node, "dim1", 2)]
-        swapped = tuple(d % rank for d in given if isinstance(d, int))  # type: ignore[assignment]
-    if swapped is None or len(swapped) != 2:
-        return None
-    a, b = swapped
-    order[a], order[b] = order[b], order[a]
-    return order
 
 
 def _matmul(interpreter: _Interpreter, node: Node) -> Any:

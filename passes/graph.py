@@ -25,7 +25,7 @@ RESHAPES = frozenset(
 )
 #: Same numbers in another dtype.
 CASTS = frozenset("to _to_copy convert_element_type type_as float half bfloat16 double long int".split())
-TRANSPOSES = frozenset("t transpose permute numpy_T mT".split())
+TRANSPOSES = frozenset("t transpose permute numpy_T mT movedim moveaxis swapaxes swapdims".split())
 LAYOUT = RESHAPES | TRANSPOSES | {"expand"}
 #: Ops after which ids are the same ids in another layout or integer type.
 ID_WISE = LAYOUT | CASTS
@@ -130,6 +130,13 @@ def is_integer(node: object) -> bool:
     """Whether the node is a tensor of integers (bool is not)."""
     kind = dtype(node)
     return kind is not None and not kind.is_floating_point and not kind.is_complex and kind != torch.bool
+
+
+def axes_before(transpose: Node) -> list[int]:
+    """For each axis of a transpose's result, which axis of its input it is."""
+    target = cast(torch._ops.OpOverload, transpose.target)
+    sizes = range(rank(transpose))  # each axis bears its own number
+    return list(target(torch.empty(*sizes, device="meta"), *transpose.args[1:], **transpose.kwargs).shape)
 
 
 def argument(node: Node, name: str, position: int, default: object = None) -> object:

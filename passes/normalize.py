@@ -10,7 +10,9 @@ from torch._subclasses import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import Node
 
+from moe_fx.passes.bodies import WrittenOut
 from moe_fx.passes.graph import CASTS, RESHAPES, dtype, is_float, op, value
+from moe_fx.passes.spelling import choose_along_last_axis, look_up_along_last_axis
 
 
 class NormalizeError(RuntimeError):
@@ -35,7 +37,7 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
         raise NormalizeError("it trains through a custom autograd function, whose backward a retrace would lose")
     try:
         with fx.traceback.preserve_node_meta(), mode:
-            new = make_fx(fx.Interpreter(gm).run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+            new = make_fx(WrittenOut(gm).run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
     except Exception as error:  # whatever the retrace meets, the graph must still compile
         raise NormalizeError(f"it cannot be retraced to ATen ({type(error).__name__}: {_first_line(error)})") from error
     if any(isinstance(getattr(new, str(n.target), None), FakeTensor) for n in new.graph.find_nodes(op="get_attr")):
@@ -46,9 +48,11 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def tidy(gm: fx.GraphModule) -> None:
-    """Make every effect on the graph's own values an edge, and erase what nothing reads."""
+    """Make every effect on the graph's own values an edge, erase what nothing reads, and spell one thing in one way."""
     functionalize_locals(gm.graph)
     _erase_unread(gm.graph)
+    choose_along_last_axis(gm.graph)
+    look_up_along_last_axis(gm.graph)
     gm.recompile()
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch.fx.node import Node
 
 from moe_fx.passes import graph as g
 from moe_fx.passes.graph import Weights, argument, is_float, is_integer, module_path, op, rank, size
 from moe_fx.passes.router import LINEAR, Router
-from moe_fx.passes.selection import Selection
+from moe_fx.passes.selection import SELECTIONS, Selection
 
 
 @dataclass
@@ -51,12 +53,14 @@ def prove_experts(selection: Selection, router: Router, weights: Weights) -> Pro
                 if user in trail.seen or not _within(user, scope) or g.reads_shape_only(user, node):
                     continue
                 proven = trail.meets_experts(user) or trail.weighs_experts(user)
-                if not proven and is_float(user) and selection.is_per_pick(user) and not trail.is_row(user):
+                weight = is_float(user) and selection.is_per_pick(user) and not trail.is_row(user) and not trail.holds_ids(user)
+                if not proven and weight:
                     continue  # a pick's weight is not its id
                 trail.add(user)
-                if proven:
-                    proof.at = user if proof.at is None or user < proof.at else proof.at
-                    proof.paths += [p for p in [module_path(user)] if p is not None]
+                meeting = user if proven else trail.taken_apart(user)
+                if meeting is not None:
+                    proof.at = meeting if proof.at is None or meeting < proof.at else proof.at
+                    proof.paths += [p for p in [module_path(meeting)] if p is not None]
                 elif not trail.ends(user):
                     reached.append(user)
         if proof.at is not None or not reached:
@@ -169,9 +173,12 @@ def carries_activations(node: Node, router: Router, weights: Weights) -> bool:
         if n in seen or n in weights or n is router.linear:
             continue
         seen.add(n)
-        if is_float(n) and n < router.linear and n not in weights:
+        inputs = [i for i in n.all_input_nodes if not g.reads_shape_only(n, i)]
+        if n.op == "call_function" and not inputs:
+            continue  # freshly filled
+        if is_float(n) and n < router.linear:
             return True
-        stack.extend(n.all_input_nodes)
+        stack.extend(inputs)
     return False
 
 
@@ -198,7 +205,7 @@ class _Trail:
         self.seen.add(node)
         source = node.all_input_nodes[0]
         name = op(node)
-        if is_integer(node) and source in self._ids and (name in g.ID_WISE or name in _PARTS):
+        if (is_integer(node) and source in self._ids and (name in g.ID_WISE or name in _PARTS)) or self.holds_ids(node):
             self._ids.add(node)
         elif name == "getitem" and op(source) == "sort" and node.args[1] == 0 and source.all_input_nodes[0] in self._ids:
             self._ids.add(node)
@@ -212,6 +219,31 @@ class _Trail:
         """Whether the last axis of what the ids became is that of all experts."""
         keeps = node.all_input_nodes[0] in self._rows and op(node) not in g.TRANSPOSES | PRODUCTS
         return (keeps or op(node) in ("one_hot", "scatter")) and size(node, -1) == self._router.num_experts
+
+    def holds_ids(self, node: Node) -> bool:
+        """Whether floats are the ids themselves: some code keeps them beside weights."""
+        return is_float(node) and op(node) in g.ID_WISE and node.all_input_nodes[0] in self._ids
+
+    def taken_apart(self, node: Node) -> Node | None:
+        """The first column of a matrix over the experts, where each column weighs what another layer made of the activations."""
+        columns = _columns(node, self._router.num_experts) if node in self._rows else {}
+        if set(columns) != set(range(self._router.num_experts)):
+            return None
+        weighed = [activations for column in columns.values() if (activations := self._weighed(column)) is not None]
+        distinct = len(weighed) == len(columns) and _are_distinct_layers(weighed, self._router, self._weights)
+        return min(columns.values()) if distinct else None
+
+    def _weighed(self, column: Node) -> Node | None:
+        """The activations that a column of weights multiplies, a few ops on."""
+        frontier, made = [column], {column}
+        for _ in range(6):
+            frontier = [u for n in frontier for u in n.users if u.op == "call_function"]
+            for user in frontier:
+                others = [i for i in user.all_input_nodes if i not in made and rank(i) >= 2 and is_float(i)]
+                if op(user) == "mul" and len(others) == 1:
+                    return others[0]
+            made |= set(frontier)
+        return None
 
     def meets_experts(self, node: Node) -> bool:
         """Whether activations go through the matrices of the experts that the ids say, in this op."""
@@ -245,7 +277,7 @@ class _Trail:
             if node is self._router.linear:
                 continue
             visited.add(node)
-            if meets_experts(node, self._router, self._weights):
+            if meets_experts(node, self._router, self._weights) or _joins_experts(node, self._router, self._weights):
                 return True
             stack.extend(node.all_input_nodes)
         return False
@@ -253,6 +285,8 @@ class _Trail:
     def ends(self, node: Node) -> bool:
         """Whether what follows says nothing about experts any more."""
         name, inputs = op(node), node.all_input_nodes
+        if name in SELECTIONS and is_float(inputs[0]):
+            return True  # what another selection chooses among scores is its own
         if name in LINEAR:
             others = [i for i in inputs if i not in self.seen]
             if any(i in self._weights for i in others):
@@ -261,6 +295,62 @@ class _Trail:
         if name in _LOOK_UPS and is_float(node) and inputs[0] not in self.seen and not self._ids.isdisjoint(inputs[1:]):
             return not is_expert_stack(node, self._router, self._weights)
         return False
+
+
+def _columns(matrix: Node, num_experts: int) -> dict[int, Node]:
+    """Columns of a matrix [..., E], by their number: ``gates[:, e]``, ``gates[:, e:e + 1]``, ``gates.unbind(-1)``."""
+    last, found = rank(matrix) - 1, {}
+    for user in matrix.users:
+        if argument(user, "dim", 1, 0) not in (-1, last):
+            continue
+        if op(user) == "select":
+            found[cast(int, argument(user, "index", 2)) % num_experts] = user
+        elif op(user) == "slice" and size(user, -1) == 1 and isinstance(first := argument(user, "start", 2), int):
+            found[first % num_experts] = user
+    for parts in matrix.users:
+        along = argument(parts, "dim", 1 if op(parts) == "unbind" else 2, 0) in (-1, last)
+        if along and op(parts) in ("unbind", "split", "chunk", "split_with_sizes"):
+            single = {i: cast(int, i.args[1]) for i in parts.users if op(parts) == "unbind" or size(i, -1) == 1}
+            found |= {number: column for column, number in single.items()}
+    return found
+
+
+def _joins_experts(node: Node, router: Router, weights: Weights) -> bool:
+    """stack([expert(x) for expert in experts]): as many outputs as there are experts, each of its own weights."""
+    if op(node) not in ("stack", "cat", "concat") or not isinstance(node.args[0], (list, tuple)):
+        return False
+    outputs = [i for i in node.args[0] if isinstance(i, Node)]
+    return _stack_fits(len(outputs), router.num_experts) and _are_distinct_layers(outputs, router, weights)
+
+
+def _are_distinct_layers(outputs: list[Node], router: Router, weights: Weights) -> bool:
+    """Whether activations went through some weights on the way to each of the outputs that led to no other."""
+    own = [_multiplied_by(output, router, weights) for output in outputs]
+    shared = Counter(weight for each in own for weight in each)
+    return all(any(shared[weight] == 1 for weight in each) for each in own)
+
+
+def _multiplied_by(output: Node, router: Router, weights: Weights) -> set[object]:
+    """The weights of the linear maps between the router's input and a value; of a stack, which slice."""
+    found: set[object] = set()
+    seen: set[Node] = set()
+    stack = [output]
+    while stack and len(seen) < REACH:
+        node = stack.pop()
+        if node in seen or node in weights or node is router.linear or node < router.hidden:
+            continue
+        seen.add(node)
+        if op(node) in LINEAR:
+            found |= {_own_name(i) for i in node.all_input_nodes if i in weights and rank(i) >= 2}
+        stack.extend(node.all_input_nodes)
+    return found
+
+
+def _own_name(weight: Node) -> object:
+    """The same for every way in which one parameter, or one slice of a stack, comes into a product."""
+    while op(weight) in g.LAYOUT | g.CASTS:
+        weight = weight.all_input_nodes[0]
+    return (weight.all_input_nodes[0], *weight.args[1:]) if op(weight) == "select" else weight
 
 
 def _reduces_tokens(node: Node) -> bool:

@@ -6,6 +6,7 @@ the architecture: give every token the id of one expert and the weight 1.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import fx
@@ -47,13 +48,14 @@ def find_region(routing: Routing) -> Region | None:
     cone: list[Node] = []
     members: set[Node] = set()
     last_use = max((e.user for e in edges if e.user.op != "output"), default=None)  # the furthest reader so far
+    layouts = _token_layouts(routing)
     node = min(e.user for e in edges)
     while node is not graph.output_node():
         if any((i, node) in starts or i in members for i in node.all_input_nodes):
             members.add(node)
             cone.append(node)
             complete = routing.experts in members and (last_use is None or not node < last_use)
-            if complete and _has_token_shape(node, routing):
+            if complete and _has_token_shape(node, layouts):
                 return _close(cone, members, starts)
             furthest = max((u for u in node.users if u.op != "output"), default=node)
             last_use = furthest if last_use is None or last_use < furthest else last_use
@@ -61,12 +63,31 @@ def find_region(routing: Routing) -> Region | None:
     return None
 
 
-def _has_token_shape(node: Node, routing: Routing) -> bool:
+def _token_layouts(routing: Routing) -> list[list[object]]:
+    """The axes of tokens as the selection has them, and as they leave the router: batch and sequence apart or together."""
+    picks = [e.node for e in routing.cut.ids if _only_reshaped(e.node, routing.selection.ids)]
+    matrices = [e.node for e in routing.cut.dense]
+    tokens = routing.selection.tokens
+    found = [tokens, [math.prod(tokens)]]
+    for nodes, columns in ((picks, routing.selection.k), (matrices, routing.router.num_experts)):
+        shapes = [[g.expression(d) for d in g.shape(node) or ()] for node in nodes]
+        found += [dims[:-1] for dims in shapes if len(dims) > 1 and dims[-1] == columns]
+    return found
+
+
+def _only_reshaped(node: Node, ids: Node) -> bool:
+    """Whether a layout of the ids still has one entry for each of them."""
+    while node is not ids and g.op(node) in g.RESHAPES | g.CASTS:
+        node = node.all_input_nodes[0]
+    return node is ids
+
+
+def _has_token_shape(node: Node, layouts: list[list[object]]) -> bool:
     """Whether a value has one float vector for each token."""
     dims, width = g.shape(node), g.size(node, -1)
     if dims is None or width is None or not g.is_float(node):
         return False
-    return width > 1 and [g.expression(d) for d in dims[:-1]] == routing.selection.tokens
+    return width > 1 and [g.expression(d) for d in dims[:-1]] in layouts
 
 
 def _close(cone: list[Node], members: set[Node], starts: set[tuple[Node, Node]]) -> Region:

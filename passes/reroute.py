@@ -18,7 +18,7 @@ from torch.fx.node import Node
 import moe_fx.ops  # noqa: F401  (defines torch.ops.moe_fx)
 from moe_fx.passes import graph as g
 from moe_fx.passes.bind import Binder
-from moe_fx.passes.cut import Edge
+from moe_fx.passes.cut import Edge, leaves_weights_out
 from moe_fx.passes.find_sites import Routing
 from moe_fx.passes.mlp import Experts
 from moe_fx.policy import BEAM, NAEE, OEA, SERE, Baseline, Drop, ExFold, Policy, SmallerK, StaticPrune, TopP
@@ -83,6 +83,8 @@ def reroute(
             decision = _keep_own(graph, decision)
         elif decision.may_be_off and experts is None:
             decision = _fold(graph, decision)
+        if routing.distinct and decision.ids is not before.ids:
+            decision = _keep_distinct(graph, decision, routing)
         if stats:
             binder.count(routing, before.ids, decision.ids, unfolded)
         if experts is not None:
@@ -195,6 +197,30 @@ def _fold(graph: fx.Graph, decision: Decision) -> Decision:
     return Decision(folded[0][1], tuple(w for w, _ in folded))
 
 
+def _keep_distinct(graph: fx.Graph, decision: Decision, routing: Routing) -> Decision:
+    """For code that would write one of two picks of an expert over the other: the first pick gets the weight of both.
+
+    The other goes, with weight 0, to an expert that the token does not have: one that is active, if there is any.
+    """
+    ids, k = decision.ids, routing.selection.k
+    column, row = (g.call(graph, aten.unsqueeze.default, ids, axis) for axis in (2, 1))
+    same = g.call(graph, aten.eq.Tensor, column, row)  # [T, K, K]
+    again = g.call(graph, aten.any.dim, g.call(graph, aten.tril.default, same, -1), 2)  # [T, K]: an earlier pick is the same
+    has = g.call(graph, aten.sum.dim_IntList, g.call(graph, aten.one_hot.default, ids, routing.router.num_experts), [1])  # [T, E]
+    active = g.call(graph, aten.gt.Scalar, g.call(graph, aten.sum.dim_IntList, has, [0]), 0)  # [E]
+    lacks = g.call(graph, aten.eq.Scalar, has, 0)
+    order = g.call(graph, aten.mul.Tensor, lacks, g.call(graph, aten.add.Scalar, active, 1))
+    _, free = g.call_pair(graph, aten.topk.default, order, k)  # [T, K]
+    place = g.call(graph, aten.cumsum.default, again, 1)  # 1 for the first pick that must go
+    place = g.call(graph, aten.clamp_min.default, g.call(graph, aten.sub.Scalar, place, 1), 0)
+    elsewhere = g.call(graph, aten.to.dtype, g.call(graph, aten.gather.default, free, 1, place), g.dtype(ids))
+    weights = []
+    for weight in decision.weights:
+        of_same = g.call(graph, aten.mul.Tensor, same, g.call(graph, aten.unsqueeze.default, weight, 1))
+        weights.append(g.call(graph, aten.masked_fill.Scalar, g.call(graph, aten.sum.dim_IntList, of_same, [2]), again, 0.0))
+    return Decision(g.call(graph, aten.where.self, again, elsewhere, ids), tuple(weights))
+
+
 def _keep_own(graph: fx.Graph, decision: Decision) -> Decision:
     """For training: an off pick stays at its own expert, with weight 0.
 
@@ -239,13 +265,21 @@ def _carriers(routing: Routing, policies: tuple[Policy, ...], experts: Experts |
         return [n for n in experts.region.replaced if g.is_float(n)]
     if routing.cut.dense:
         return _distinct(routing.cut.dense)
-    return _distinct(routing.cut.weights) if _switches_off(policies) else []
+    return _distinct(routing.cut.weights) if _needs_weights(routing, policies) else []
+
+
+def _needs_weights(routing: Routing, policies: tuple[Policy, ...]) -> bool:
+    """Whether weights become 0: those of picks that are off, or of an expert's second pick where there may be none."""
+    return _switches_off(policies) or (routing.distinct and any(isinstance(p, SERE) for p in policies))
 
 
 def _obstacle(routing: Routing, policies: tuple[Policy, ...], carriers: list[Node], last: Node) -> str | None:
     """Why the policies cannot be put on this cut."""
-    if _switches_off(policies) and not carriers:
+    zeroes = _needs_weights(routing, policies)
+    if zeroes and not carriers:
         return "its picks carry no weights, so a pick cannot be switched off"
+    if zeroes and leaves_weights_out(routing.selection, routing.cut):
+        return "the weights of some of its picks are not read, so that a weight of 0 would not switch them off"
     if not routing.cut.dense and not all(map(routing.selection.is_per_pick, carriers)):
         return "its weights leave the router in another shape than its ids"
     moves = routing.selection.k > 1 and any(isinstance(p, SERE) for p in policies)
@@ -255,9 +289,9 @@ def _obstacle(routing: Routing, policies: tuple[Policy, ...], carriers: list[Nod
         return "its experts have a capacity, in which a pick that is off would still take a place"
     if _switches_off(policies) and routing.weighs_input:
         return "its weights multiply the experts' input, and an expert may give something for an input of 0"
-    if _switches_off(policies) and not _are_final(carriers, routing):
+    if zeroes and not _are_final(carriers, routing):
         return "its weights are not final where they leave the router: what comes after would undo a weight of 0"
-    if _switches_off(policies) and g.mutates_between(routing.router.linear, last):
+    if zeroes and g.mutates_between(routing.router.linear, last):
         return "a value is changed in place between its router and its weights"
     if any(g.mutates(n) for n in _between(_early_users(routing, last), last)):
         return "its experts begin before its weights are final, and values in between are changed in place"

@@ -41,64 +41,87 @@ class Router:
 def find_router(selection: Selection, weights: Weights) -> Router | None:
     """The linear map behind the scores, or None: then the selection is no expert routing."""
     num_experts = size(selection.scores, -1)
-    linear = _walk_to_linear(selection.scores, num_experts, weights) if num_experts is not None else None
-    if linear is None or num_experts is None or selection.k > num_experts:
+    found = _walk_to_linear(selection.scores, num_experts, weights) if num_experts is not None else None
+    if found is None or num_experts is None or selection.k > num_experts:
         return None
-    hidden, weight = operands(linear, weights)
+    linear, (hidden, weight) = found
     hidden_size = size(hidden, -1)
-    leaf = weight  # an engine's handle
-    if weight is not None and weight in weights:
+    leaf: Node | None = weight  # an engine's handle
+    if weight in weights:
         leaf = next((n for n in weights.leaves(weight) if rank(n) >= 2), None)
-    if hidden is None or hidden_size is None or leaf is None:
+    if hidden_size is None or leaf is None:
         return None
     return Router(linear, hidden, leaf, num_experts, hidden_size)
 
 
-def _walk_to_linear(scores: Node, num_experts: int, weights: Weights) -> Node | None:
-    """Depth-first, in argument order, through score-wise ops that keep an entry for every expert."""
+def _walk_to_linear(scores: Node, num_experts: int, weights: Weights) -> tuple[Node, tuple[Node, Node]] | None:
+    """Depth-first, in argument order, through score-wise ops that keep an entry for every expert.
+
+    Where the scores were transposed on the way, the axis of the experts is followed.
+    """
     seen: set[Node] = set()
-    stack: list[tuple[Node, bool]] = [(scores, False)]  # (node, whether experts were sliced off a wider row)
+    stack: list[tuple[Node, bool, int]] = [(scores, False, -1)]  # (node, whether a wider row was sliced, axis of experts)
     while stack:
-        node, sliced = stack.pop()
+        node, sliced, axis = stack.pop()
         if node in seen or node in weights:
             continue
         seen.add(node)
         name = op(node)
-        if (name in LINEAR or name == "getitem") and operands(node, weights)[1] is not None:
-            width = size(node, -1)
-            if width == num_experts or (sliced and width is not None and width > num_experts):
-                return node
-            continue
-        if name not in SCORE_WISE:
+        if name in LINEAR or name == "getitem":
+            found = operands(node, weights, axis)
+            width = size(node, axis)
+            if found is not None and (width == num_experts or (sliced and width is not None and width > num_experts)):
+                return node, found
+            if found is not None:
+                continue
+        if name in g.TRANSPOSES:
+            axis = g.axes_before(node)[axis] - rank(node)
+        elif name not in SCORE_WISE or (axis != -1 and name in g.RESHAPES and not g.same_shape(node, node.args[0])):
             continue
         sliced = sliced or name in ("slice", "narrow")
-        stack.extend((i, sliced) for i in reversed(node.all_input_nodes) if is_float(i) and rank(i) >= 2)
+        stack.extend((i, sliced, axis) for i in reversed(node.all_input_nodes) if is_float(i) and rank(i) >= 2)
     return None
 
 
-def operands(linear: Node, weights: Weights) -> tuple[Node | None, Node | None]:
-    """(hidden state, weight) of a linear map whose weight is a function of parameters alone, or an engine's handle."""
+def operands(linear: Node, weights: Weights, axis: int = -1) -> tuple[Node, Node] | None:
+    """(hidden state, weight) of a linear map whose weight is a function of parameters alone, or an engine's handle.
+
+    ``axis``, counted from the last, is that of the result which the weight brings; None if the map has another.
+    """
     if op(linear) == "getitem":
         call: Node = linear.args[0]  # type: ignore[assignment]
-        return tuple(call.kwargs[key] for key in BEHIND_HANDLE.get(op(call), ())) or (None, None)  # type: ignore[return-value]
+        return tuple(call.kwargs[key] for key in BEHIND_HANDLE.get(op(call), ())) or None  # type: ignore[return-value]
     if op(linear) == "einsum":
-        x, w = _einsum_operands(linear)
-    else:
+        x, w = _einsum_operands(linear, axis)
+    elif axis == -1:
         first = 1 if op(linear) in ("addmm", "baddbmm") else 0
         x, w = linear.args[first : first + 2]
+    else:
+        x, w = _from_the_left(linear) if axis == -2 else (None, None)
     if isinstance(x, Node) and isinstance(w, Node) and w in weights and x not in weights:
         return x, w
-    return None, None
+    return None
 
 
-def _einsum_operands(node: Node) -> tuple[object, object]:
-    """The (x, w) of einsum("...h,eh->...e"), whichever stands first; a pair of None for any other einsum."""
+def _from_the_left(linear: Node) -> tuple[object, object]:
+    """The (x, w) of w @ x.T; a pair of None for any other product."""
+    if op(linear) not in ("mm", "matmul") or rank(linear) != 2:
+        return None, None
+    w, turned = linear.args[:2]
+    return (turned.all_input_nodes[0], w) if op(turned) in g.TRANSPOSES and isinstance(turned, Node) else (None, None)
+
+
+def _einsum_operands(node: Node, axis: int) -> tuple[object, object]:
+    """The (x, w) of einsum("...h,eh->...e"), whichever stands first and e at the axis; a pair of None for any other einsum."""
     equation, operands = node.args[0], node.args[1]
     if not isinstance(equation, str) or not isinstance(operands, (list, tuple)) or len(operands) != 2 or "->" not in equation:
         return None, None
     left, result = equation.replace(" ", "").split("->")
     for (x, dims), (w, axes) in permutations(zip(operands, left.split(","), strict=True)):
-        if len(axes) == 2 and len(dims) >= 2 and dims[-1] in axes and result == dims[:-1] + axes.replace(dims[-1], ""):
+        if len(axes) != 2 or len(dims) < 2 or dims[-1] not in axes:
+            continue
+        expert = axes.replace(dims[-1], "")
+        if result[axis:][:1] == expert and result.replace(expert, "") == dims[:-1]:
             return x, w
     return None, None
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import permutations
 from typing import cast
 
 from torch import fx
@@ -32,9 +34,13 @@ class Selection:
         return dims if self.squeezed else dims[:-1]
 
     def is_per_pick(self, node: object) -> bool:
-        """Whether a tensor has one entry for every pick; where there is one pick, with or without an axis for it."""
+        """Whether a tensor has one entry for every pick, its tokens in one axis or in as many as the ids have.
+
+        Where there is one pick, with or without an axis for it.
+        """
         dims = [g.expression(d) for d in g.shape(node) or ()]
-        return dims == [*self.tokens, self.k] or (self.k == 1 and dims == self.tokens and len(dims) > 0)
+        layouts = [tokens for tokens in (self.tokens, [math.prod(self.tokens)]) if self.tokens]  # type: ignore[arg-type]
+        return any(dims == [*tokens, self.k] or (self.k == 1 and dims == tokens) for tokens in layouts)
 
 
 def selections(graph: fx.Graph) -> Iterator[Selection]:
@@ -50,11 +56,39 @@ def unreadable(graph: fx.Graph) -> Iterator[Selection]:
     """Choices over the last axis in another way than by a fixed number of best entries; their k has no meaning."""
     for node in graph.nodes:
         name = op(node)
-        if name not in ("sort", "argsort", "multinomial") or not _over_last_axis(node.args[0], -1):
+        if name not in ("topk", "sort", "argsort", "multinomial") or not _over_last_axis(node.args[0], -1):
             continue
         if name == "multinomial" or SELECTION_RULES[name](node) is None:
-            ids = outputs(node, 1) if name == "sort" else [node]
+            ids = outputs(node, 1) if name in ("topk", "sort") else [node]
             yield from (Selection(node, node.all_input_nodes[0], 1, i, None, False) for i in ids)
+
+
+def thresholds(graph: fx.Graph) -> Iterator[Selection]:
+    """Masks [..., E] of the scores that reach the k-th best, which are more than k where some are equal.
+
+    The ids are the mask, and the k has no meaning.
+    """
+    for node in graph.nodes:
+        if op(node) not in ("ge", "gt", "le", "lt", "eq") or len(node.all_input_nodes) != 2 or rank(node) < 2:
+            continue
+        for scores, bound in permutations(node.all_input_nodes):
+            if is_float(scores) and same_shape(scores, node) and size(bound, -1) in (1, None) and _is_kth_best(bound, node):
+                yield Selection(node, scores, 0, node, None, False)
+
+
+def _is_kth_best(bound: Node, compared: Node) -> bool:
+    """Whether a bound comes from the order of scores whose ids are not read."""
+    node = bound
+    while op(node) in _TAKE_ONE or op(node) in g.LAYOUT | g.CASTS:
+        node = node.all_input_nodes[0]
+    best = _BEST if op(compared) in ("ge", "le", "eq") else frozenset()
+    return op(node) in _ORDERS | best and not any(i.users for i in outputs(node, 1))
+
+
+_ORDERS = frozenset("topk kthvalue sort msort quantile".split())
+_BEST = frozenset(("max", "amax"))
+#: Ops that take one of the ordered scores.
+_TAKE_ONE = frozenset("select slice narrow getitem index index_select gather min amin minimum".split())
 
 
 def _topk(node: Node) -> Selection | None:
@@ -63,10 +97,11 @@ def _topk(node: Node) -> Selection | None:
     if not _over_last_axis(scores, argument(node, "dim", 2, -1)) or not isinstance(k, int):
         return None
     ids, values = outputs(node, 1), outputs(node, 0)
-    if len(ids) != 1 or len(values) > 1 or k < 1:
+    if len(ids) != 1 or not ids[0].users or len(values) > 1 or k < 1:
         return None
     ordered = argument(node, "sorted", 4, True) is True
-    return Selection(node, scores, k, ids[0], values[0] if values else None, ordered)  # type: ignore[arg-type]
+    first = _first_sorted(node, ids, values) if ordered else None  # topk(scores, 8)[..., :k] = topk(scores, k)
+    return first or Selection(node, scores, k, ids[0], values[0] if values else None, ordered)  # type: ignore[arg-type]
 
 
 def _sort(node: Node) -> Selection | None:
@@ -80,14 +115,18 @@ def _argsort(node: Node) -> Selection | None:
 
 
 def _first_sorted(node: Node, ordered_ids: list[Node], ordered_values: list[Node]) -> Selection | None:
-    # sort.stable(self, *, stable, dim, descending) takes all but the tensor by keyword
-    scores, dim = node.args[0], argument(node, "dim", 1 if "stable" not in node.kwargs else len(node.args), -1)
+    scores, dim = node.args[0], _sorted_axis(node)
     ids, values = _only_slice(ordered_ids), _only_slice(ordered_values)
     if not _over_last_axis(scores, dim) or ids is None or ids[1] is None:
         return None
     if any(v.users for v in ordered_values) and (values is None or values[1] != ids[1]):
         return None
     return Selection(node, scores, ids[1], ids[0], values[0] if values else None, True)  # type: ignore[arg-type]
+
+
+def _sorted_axis(node: Node) -> object:
+    # sort.stable(self, *, stable, dim, descending) takes all but the tensor by keyword
+    return argument(node, "dim", 2 if op(node) == "topk" else 1 if "stable" not in node.kwargs else len(node.args), -1)
 
 
 def _only_slice(taken: list[Node]) -> tuple[Node, int | None] | None:
@@ -206,4 +245,11 @@ SELECTION_RULES = {
     "topk": _topk, "sort": _sort, "argsort": _argsort, "max": _max, "argmax": _argmax, "cat": _joined, "concat": _joined,
 }  # fmt: skip
 #: Ops without one of which a graph routes nothing.
-SELECTIONS = frozenset(SELECTION_RULES) - {"cat", "concat"} | {"multinomial"}
+SELECTIONS = frozenset(SELECTION_RULES) - {"cat", "concat"} | {"multinomial"} | _ORDERS | _BEST
+
+
+def selects(gm: fx.GraphModule, inside: bool = True) -> bool:
+    """Whether a graph, or one inside it, selects anything: without that there is no routing to find."""
+    graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)] if inside else [gm.graph]
+    targets = {n.target for graph in graphs for n in graph.nodes}
+    return not SELECTIONS.isdisjoint(map(g.plain_name, targets))

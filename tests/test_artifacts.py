@@ -475,6 +475,13 @@ def test_tensor_names_what_is_missing():
         artifact.tensor("layers.0.mlp", "distance", E)
 
 
+@pytest.mark.parametrize("name", ["", "mlp", "1.mlp"])
+def test_tensor_advises_to_compile_the_whole_model_where_a_part_was(name):
+    artifact = Artifact({f"layers.{i}.mlp": {"similarity": similarity()} for i in range(2)})
+    with pytest.raises(ArtifactError, match=r"no site .*that has 'layers\.[01]\.mlp', compile the whole model"):
+        artifact.tensor(name, "similarity", E)
+
+
 # Validation against sites
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,10 @@ class Model(nn.Module):
         return x + self.moe(x)
 
 
-def compile_and_run(options: dict[str, Any], model: nn.Module | None = None) -> Tensor:
+def compile_and_run(options: dict[str, Any], model: nn.Module | None = None, x: Tensor | None = None) -> Tensor:
     with torch.no_grad():
         compiled = torch.compile(model or Model(), backend="moe_sparse", options={"inner": "eager", **options})
-        return compiled(torch.randn(4, H))
+        return compiled(torch.randn(4, H) if x is None else x)
 
 
 def test_found_by_name_alone_in_a_fresh_process() -> None:
@@ -191,6 +192,77 @@ def test_explain_a_compiled_model_uses_its_own_policy() -> None:
         assert moe_fx.explain(Model(), torch.randn(4, H)).sites[0].policy == "TopK"
 
 
+def compiled_by(how: str, model: nn.Module, backend: object, **settings: Any) -> Callable[..., Any]:
+    """The ways to compile a model."""
+    if how == "in place":
+        model.compile(backend=backend, **settings)
+        return model
+    if how == "replaced forward":
+        model.forward = torch.compile(model.forward, backend=backend, **settings)
+        return model
+    return torch.compile(model if how == "module" else model.forward, backend=backend, **settings)
+
+
+WAYS = ("module", "bound forward", "replaced forward", "in place")
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_explain_finds_the_policy_of_a_model_that_has_run(how: str) -> None:
+    policy = moe_fx.SERE(artifact(), primary=1)
+    compiled = compiled_by(how, Model(), "moe_sparse", options={"policy": policy, "mode": "max-autotune", "inner": "inductor"})
+    with torch.no_grad():
+        assert [s.policy for s in moe_fx.explain(compiled, torch.randn(4, H)).sites] == [policy.describe()]
+    eager = compiled_by(how, Model(), "moe_sparse", options={"policy": policy, "inner": "eager"})
+    with torch.no_grad():
+        eager(torch.randn(4, H))
+        assert [(s.name, s.policy) for s in moe_fx.explain(eager, torch.randn(4, H)).sites] == [("moe", policy.describe())]
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_explain_always_reports_and_leaves_what_was_compiled(how: str) -> None:
+    """More often than Dynamo compiles one function, of one model and of equal ones, before and after the user compiles."""
+    x, graphs = torch.randn(4, H), []
+
+    def count(gm: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        graphs.append(gm)
+        return gm.forward
+
+    def found(model: Callable[..., Any]) -> list[str]:
+        return [s.name for s in moe_fx.explain(model, x).sites]
+
+    with torch.no_grad():
+        assert all(found(Model()) == ["moe"] for _ in range(10))
+        compiled = compiled_by(how, Model(), count)
+        compiled(x)
+        assert all(found(compiled) == ["moe"] for _ in range(10))
+        compiled(x)
+        assert len(graphs) == 1
+
+
+def test_explain_always_reports_where_the_graph_breaks() -> None:
+    class Broken(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._dynamo.graph_break()
+            return super().forward(x)
+
+    with torch.no_grad():
+        for _ in range(10):
+            assert [s.name for s in moe_fx.explain(Broken(), torch.randn(4, H)).sites] == ["moe"]
+
+
+def test_explain_in_a_module_reports_the_model_that_it_was_asked_about() -> None:
+    class Trainer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Model()
+
+        def forward(self, x: Tensor) -> object:
+            return moe_fx.explain(self.model, x)
+
+    with torch.no_grad():
+        assert [s.name for s in Trainer()(torch.randn(4, H)).sites] == ["moe"]
+
+
 def test_explain_says_when_nothing_was_captured() -> None:
     @torch._dynamo.disable
     def hidden(x: Tensor) -> Tensor:
@@ -222,6 +294,16 @@ def test_stats_count_active_experts() -> None:
     assert counted.active == len(ids[:, :1].unique())
     moe_fx.reset_stats()
     assert moe_fx.stats() == {}
+
+
+@pytest.mark.parametrize("layer", layers.ROUTES)
+def test_exact_picks_are_counted_whatever_the_experts_are(layer: type[layers.Layer]) -> None:
+    moe_fx.reset_stats()
+    model, x = nn.Sequential(layer().eval()), torch.randn(4, H)
+    with torch.no_grad():
+        torch.testing.assert_close(compile_and_run({"stats": True}, model, x), model(x))
+    (counted,) = moe_fx.stats().values()
+    assert 0 < counted.active == counted.before
 
 
 def test_a_layer_compiled_by_itself_uses_the_name_the_artifact_knows() -> None:

@@ -298,23 +298,47 @@ def test_sere_after_masks_that_train_computes_what_it_computes_after_them() -> N
 # ------------------------------------------------------------------------------------------- loops of other people
 
 
-def test_hf_trainer(tmp_path: Path) -> None:
+def trainer(model: nn.Module, folder: Path, **changes: Any) -> Any:
+    """HF's Trainer over a tiny model with masks, accumulating gradients."""
     pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
     from transformers import Trainer, TrainingArguments
 
-    model = tiny.build("qwen3_moe", "moe_fx")
     rows = [{"input_ids": row, "labels": row} for row in tiny.tokens(8, 9)["input_ids"]]
     module = Masked(attach(model, {"input_ids": rows[0]["input_ids"][None]}), model, beta=5.0)
     arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=0.01,
-        remove_unused_columns=False, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
+        output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=2, remove_unused_columns=False,
+        report_to=[], use_cpu=True, disable_tqdm=True, **changes,
     )  # fmt: skip
+    return Trainer(model=module, args=arguments, train_dataset=rows)
+
+
+def test_hf_trainer(tmp_path: Path) -> None:
+    model = tiny.build("qwen3_moe", "moe_fx")
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
-    Trainer(model=module, args=arguments, train_dataset=rows).train()
+    training = trainer(model, tmp_path, max_steps=3, learning_rate=0.01, save_strategy="no")
+    training.train()
+    module = training.model
     assert all(float(m.detach().abs().sum()) > 0 for m in module.policy.parameters())
     assert set(module.state_dict()) > {"masks.model/layers/0/mlp", "masks.model/layers/1/mlp"}
     assert all(torch.equal(p, before[key]) for key, p in model.named_parameters()), "what is frozen stays"
     assert sum(module.policy.picks().values()) < tiny.LAYERS * tiny.TOP_K
+
+
+def test_hf_trainer_with_everything(tmp_path: Path) -> None:
+    """bf16 autocast, gradient checkpointing, a model that learns and whose embeddings are tied, checkpoints and resume."""
+    settings = {"bf16": True, "gradient_checkpointing": True, "save_steps": 2, "save_strategy": "steps", "learning_rate": 1e-3}
+
+    def fresh() -> nn.Module:
+        return tiny.build("qwen3_moe", "batched_mm", tie_word_embeddings=True).requires_grad_(True)
+
+    whole = trainer(fresh(), tmp_path / "whole", max_steps=4, **settings)
+    whole.train()
+    assert all(float(m.detach().abs().sum()) > 0 for m in whole.model.policy.parameters())
+    torch._dynamo.reset()
+    resumed = trainer(fresh(), tmp_path / "resumed", max_steps=4, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for key, tensor in whole.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[key], tensor, **tolerance(torch.float32), msg=key)
 
 
 def test_masked_adds_the_regularizer_to_the_loss() -> None:
@@ -388,25 +412,66 @@ class StopError(Exception):
     pass
 
 
-@pytest.mark.parametrize("changes", [{}, {"target_picks": 1.5, "accumulate": 2, "distill": 0.5, "freeze": "none"}])
-def test_a_run_that_is_interrupted_ends_where_one_that_is_not_ends(tmp_path: Path, changes: dict[str, Any]) -> None:
+EVERYTHING = {"target_picks": 1.5, "accumulate": 2, "distill": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "threads"),
+    [
+        ({}, 1),
+        ({**EVERYTHING, "freeze": "none"}, 1),
+        ({**EVERYTHING, "freeze": "router", "autocast": True}, 1),
+        ({**EVERYTHING, "freeze": "none", "rows": 8}, 2),
+    ],
+)
+def test_a_run_that_is_interrupted_ends_where_one_that_is_not_ends(
+    tmp_path: Path, changes: dict[str, Any], threads: int
+) -> None:
+    torch.set_num_threads(threads)
     recipe, file = Recipe(**{**RECIPE.__dict__, **changes}), tmp_path / "run.checkpoint"
+    tokens = text(20, 64 if threads > 1 else 8)  # enough for several threads to have work
 
     def stop_at_5(now: beam.Progress) -> None:
         if now.step == 5:
             raise StopError
 
     model = net()
-    want = train(model, text(), recipe)
+    want = train(model, tokens, recipe)
     interrupted = net()
     with pytest.raises(StopError):
-        train(interrupted, text(), recipe, checkpoint=file, checkpoint_every=2, advance=stop_at_5)
+        train(interrupted, tokens, recipe, checkpoint=file, checkpoint_every=2, advance=stop_at_5)
     resumed_model, steps = net(), []
-    got = train(resumed_model, text(), recipe, checkpoint=file, checkpoint_every=2, advance=lambda now: steps.append(now.step))
+    got = train(resumed_model, tokens, recipe, checkpoint=file, checkpoint_every=2, advance=lambda now: steps.append(now.step))
     assert steps == [5, 6]
     assert same_artifacts(got.artifact, want.artifact)
     assert got.history == want.history
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed_model.parameters(), strict=True))
+
+
+def test_a_weight_that_nothing_flows_back_to_is_no_obstacle_to_a_checkpoint(tmp_path: Path) -> None:
+    recipe, file = Recipe(**{**RECIPE.__dict__, "freeze": "none", "steps": 3}), tmp_path / "run.checkpoint"
+
+    def with_unused_weight() -> nn.Module:
+        model = net()
+        model.unused = nn.Parameter(torch.ones(3))
+        return model
+
+    half = train(with_unused_weight(), text(), dataclasses.replace(recipe, steps=2), checkpoint=file)
+    whole = train(with_unused_weight(), text(), recipe, checkpoint=file)
+    assert len(half.history) == 2
+    assert same_artifacts(whole.artifact, train(with_unused_weight(), text(), recipe).artifact)
+
+
+def test_training_with_checkpointing_and_autocast_is_training_without_but_for_rounding() -> None:
+    """The three are the same losses to bfloat16's precision."""
+    histories = []
+    for autocast, checkpointed in ((False, False), (False, True), (True, True)):
+        model = net()
+        with beam.gradient_checkpointing(model, checkpointed):
+            result = train(model, text(), dataclasses.replace(RECIPE, autocast=autocast))
+        histories.append(torch.tensor([row["loss"] for row in result.history]))
+    torch.testing.assert_close(histories[1], histories[0], **tolerance(torch.float32))
+    torch.testing.assert_close(histories[2], histories[0], **tolerance(torch.bfloat16))
 
 
 def test_more_steps_go_on_after_the_last() -> None:
@@ -603,6 +668,43 @@ def test_the_command_says_what_is_wrong(folder: Path, tmp_path: Path, changes: d
     assert result.exit_code == 1
     assert words in json.loads(result.stdout)["error"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_stops_at_a_loss_that_is_not_finite_and_goes_on_from_the_checkpoint(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.safetensors"
+    losses = iter([3.0, 3.0, 3.0, float("nan")])
+
+    def poisoned(logits: Tensor, tokens: Tensor) -> Tensor:
+        return beam_loss(logits, tokens) * next(losses) / 3.0
+
+    beam_loss = beam.next_token_loss
+    judged = {"full_loss": mock.Mock(return_value=1.0), "evaluate": mock.Mock(return_value=(1.0, 2.0))}
+    with mock.patch.multiple(beam._Run, **judged), mock.patch.object(beam, "next_token_loss", poisoned):
+        result = run(*options(folder, out))
+    assert result.exit_code == 1
+    kept = f"the last good checkpoint is {tmp_path / 'o.safetensors.checkpoint'}"
+    assert result.stderr.startswith(f"error: step 4: the loss is not finite, so training stopped; {kept}: try a lower")
+    assert not out.exists()
+    good = run(*options(folder, out), "--json")
+    assert good.exit_code == 0
+    assert json.loads(good.stdout)["steps"] == 4
+
+
+def test_the_command_with_all_that_saves_memory(folder: Path, tmp_path: Path) -> None:
+    flags = ("--gradient-checkpointing", "--autocast", "--accumulate", 2, "--distill", 0.5, "--target-picks", 1.5)
+    result = run(*options(folder, tmp_path / "o.safetensors", steps=2), *flags, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["picks"].keys() == set(tiny.ARCHS["qwen3_moe"].sites)
+    moe_fx.Artifact.load(tmp_path / "o.safetensors").validate(tiny.build("qwen3_moe"))
+
+
+def test_the_command_refuses_a_checkpoint_of_another_run(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.safetensors"
+    assert run(*options(folder, out, steps=2)).exit_code == 0
+    result = run(*options(folder, out, beta=7), "--json")
+    assert result.exit_code == 1
+    assert "is the checkpoint of a run with another settings" in json.loads(result.stdout)["error"]
+    assert run(*options(folder, out, beta=7), "--fresh").exit_code == 0
 
 
 def test_the_command_refuses_an_artifact_of_another_model(folder: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import layers
@@ -61,14 +62,54 @@ def test_equals_brute_force(name: str, experts: str) -> None:
     assert artifact.validate(model) is artifact
 
 
+# With sizes that Dynamo has made symbols, what they do to their weights or tokens cannot be followed.
+ONE_SHAPE_ONLY = layers.ChannelsFirst, layers.MatrixByColumns, layers.PutAtPlaces, layers.NormalisedFlat
+
+
 @pytest.mark.parametrize("cls", [c for c in layers.ROUTES if c not in (layers.Capacity, layers.CountedGroups)])
 def test_any_layer_that_is_detected(cls: type[layers.Layer]) -> None:
-    layer, x = cls().eval(), torch.randn(8, layers.H)
-    artifact = moe_fx.calibrate(nn.Sequential(layer), [x[:4], (x[4:],)])
-    one = torch.ones(8, 1)
+    layer, x = cls().eval(), torch.randn(12, layers.H)
+    sizes = [6, 6] if cls in ONE_SHAPE_ONLY else [4, 8]
+    artifact = moe_fx.calibrate(nn.Sequential(layer), [(part,) for part in x.split(sizes)])
+    one = torch.ones(12, 1)
     with torch.no_grad():
-        outputs = torch.stack([layer.run(x, torch.full((8, 1), e), one) for e in range(layers.E)])
+        outputs = torch.stack([layer.run(x, torch.full((12, 1), e), one) for e in range(layers.E)])
     torch.testing.assert_close(artifact.sites["0"]["similarity"], brute_force(outputs), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cls", ONE_SHAPE_ONLY)
+def test_a_site_that_is_lost_with_another_shape_is_an_error(cls: type[layers.Layer]) -> None:
+    with pytest.raises(CalibrationError, match="one shape|never come together"):
+        moe_fx.calibrate(nn.Sequential(cls().eval()), list(torch.randn(10, layers.H).split([4, 6])))
+
+
+class SinglePick(layers.BestOnly):
+    """The weight is never given an axis for the one pick."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x).softmax(-1).max(-1)
+        hidden = torch.einsum("th,thi->ti", x, self.up[ids]).sigmoid()
+        return torch.einsum("ti,tih,t->th", hidden, self.down[ids], weights)
+
+
+def test_a_single_pick_without_an_axis() -> None:
+    layer, x = SinglePick().eval(), torch.randn(10, layers.H)
+    with torch.no_grad():
+        outputs = torch.stack([(x @ up).sigmoid() @ down for up, down in zip(layer.up, layer.down, strict=True)])
+    torch.testing.assert_close(moe_fx.calibrate(layer, [x]).sites[""]["similarity"], brute_force(outputs), rtol=1e-5, atol=1e-6)
+
+
+class NeverTogether(layers.Layer):
+    """The picks' outputs stay apart."""
+
+    def run(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        hidden = F.silu(torch.einsum("th,tkhi->tki", x, self.up[ids]))
+        return torch.einsum("tki,tkih,tk->kth", hidden, self.down[ids], weights)
+
+
+def test_outputs_that_never_come_together_say_so() -> None:
+    with pytest.raises(CalibrationError, match="never come together"):
+        moe_fx.calibrate(NeverTogether(), [torch.randn(5, layers.H)])
 
 
 def test_order_and_batching_of_tokens_do_not_matter() -> None:
@@ -105,6 +146,20 @@ def test_bad_input(batches: list[Any], metric: str, words: str) -> None:
 def test_experts_that_count_their_tokens_apart() -> None:
     with pytest.raises(CalibrationError, match="count their tokens beside the routing decision"):
         moe_fx.calibrate(layers.CountedGroups(), [torch.randn(4, layers.H)])
+
+
+def test_any_number_of_calibrations_in_one_process_even_of_a_compiled_model() -> None:
+    """More than Dynamo compiles of one function; and what a compiled ``forward`` changes is not calibrated on."""
+    x = torch.randn(4, layers.H)
+    layer = layers.SoftmaxThenTopK().eval()
+    want = [moe_fx.calibrate(layer, [x]) for _ in range(10)]
+    assert all(artifact == want[0] for artifact in want)
+    options = {"policy": moe_fx.SERE(want[0], primary=1), "inner": "eager"}
+    layer.forward = torch.compile(layer.forward, backend="moe_sparse", options=options)
+    with torch.no_grad():
+        served = layer(x)
+        assert moe_fx.calibrate(layer, [x]) == want[0]
+        assert torch.equal(layer(x), served)
 
 
 def test_a_model_without_experts() -> None:
@@ -191,6 +246,16 @@ def test_folds_come_from_the_models_own_picks() -> None:
         torch.testing.assert_close(artifact.sites[site]["coactivation"].diagonal(), share)
         own = artifact.sites[site]["fold_scale"].diagonal()
         assert bool(((own > 0.3) & (own <= 1)).logical_or(share == 0).all())  # an expert explains itself, but for lambda
+
+
+def test_folds_of_a_matrix_over_as_many_experts_as_picks() -> None:
+    layer, x = layers.EveryExpertAsMatrix().eval(), torch.randn(7, layers.H)
+    folded = moe_fx.calibrate(layer, [x], folds=True).sites[""]
+    torch._dynamo.reset()
+    pairs = layers.EveryExpertPicked().eval()  # the same routing, by ids
+    pairs.load_state_dict(layer.state_dict())
+    for key, table in moe_fx.calibrate(pairs, [x], folds=True).sites[""].items():
+        torch.testing.assert_close(folded[key], table, rtol=1e-4, atol=1e-5)
 
 
 def test_another_revision_of_the_model_is_refused() -> None:

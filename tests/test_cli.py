@@ -98,7 +98,8 @@ def test_eval_writes_rows_and_a_plot(folder: Path) -> None:
     assert all(0 < r["active_experts_per_layer"] <= 10 for r in rows)
     with out.open() as file:
         assert [r["policy"] for r in csv.DictReader(file)] == [r["policy"] for r in rows]
-    assert plot.with_stem("pareto-3").read_bytes().startswith(b"\x89PNG")
+    assert json.loads(result.stdout)["plots"] == [str(plot.with_stem(f"pareto-{size}")) for size in (3, 2)]
+    assert all(plot.with_stem(f"pareto-{size}").read_bytes().startswith(b"\x89PNG") for size in (3, 2))
 
 
 def test_tune_writes_settings_that_serve_alone(folder: Path) -> None:
@@ -190,18 +191,106 @@ def test_an_artifact_of_another_model_or_revision(folder: Path, tmp_path: Path) 
         assert words in json.loads(result.stdout)["error"]
 
 
-def test_a_full_disk_leaves_the_old_file(folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "a.safetensors"
-    out.write_bytes((folder / "model.moe.safetensors").read_bytes())
-    before = out.read_bytes()
-    full = OSError(28, "No space left on device")
-    with mock.patch.object(os, "fsync", side_effect=full):
-        result = run("calibrate", folder / "model", "--data", folder / "data.jsonl", "--tokens", 32, "--length", 16,
-                     "--out", out, "--json")  # fmt: skip
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
+    """A model without experts."""
+    import transformers
+
+    config = transformers.LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                      num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
+    root = tmp_path_factory.mktemp("dense")
+    transformers.LlamaForCausalLM(config).save_pretrained(root)
+    transformers.AutoTokenizer.from_pretrained(folder / "model").save_pretrained(root)
+    return root
+
+
+OPTIONS: dict[str, list[object]] = {
+    "calibrate": ["--tokens", 32, "--length", 16, "--out", "{tmp}/o"],
+    "eval": ["--batch", 2, "--context", 4, "--groups", 1],
+    "tune": ["--max-kl", 0.1, "--artifact", "{folder}/model.moe.safetensors"],
+    "train-beam": ["--steps", 2, "--rows", 2, "--length", 16, "--held-out", 2, "--out", "{tmp}/o"],
+    "bench": ["--batch", 2, "--length", 16, "--turns", 2, "--inner", "eager"],
+}
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_a_model_without_experts(folder: Path, dense: Path, tmp_path: Path, command: str) -> None:
+    options = [str(o).format(tmp=tmp_path, folder=folder) for o in OPTIONS[command]]
+    result = run(command, dense, "--data", folder / "data.jsonl", *options, "--json")
     assert result.exit_code == 1
-    assert "No space left on device" in json.loads(result.stdout)["error"]
-    assert out.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+    words = "does not fit a model of class LlamaForCausalLM" if command == "tune" else "no expert routing was found in this"
+    assert words in json.loads(result.stdout)["error"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_says_that_there_are_no_experts(dense: Path) -> None:
+    result = run("inspect", dense)
+    assert result.exit_code == 0
+    assert "No expert routing was found" in result.stdout
+
+
+def test_models_that_cannot_be_loaded(folder: Path, tmp_path: Path) -> None:
+    cut, strange = tmp_path / "cut", tmp_path / "strange"
+    shutil.copytree(folder / "model", cut)
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:4000])
+    strange.mkdir()
+    (strange / "config.json").write_text('{"model_type": "nobody_knows_it"}')
+    for path, words in ((cut, "header"), (strange, "nobody_knows_it")):
+        result = run("inspect", path, "--json")
+        assert result.exit_code == 1
+        assert f"cannot load model '{path}'" in json.loads(result.stdout)["error"]
+        assert words in json.loads(result.stdout)["error"]
+    result = run("inspect", folder / "model", "--device", "no_such_device", "--json")
+    assert "cannot put the model on device 'no_such_device'" in json.loads(result.stdout)["error"]
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(folder: Path, tmp_path: Path) -> None:
+    artifact, nowhere = folder / "model.moe.safetensors", tmp_path / "nowhere" / "file"
+    cases: list[tuple[list[object], str]] = [
+        (["calibrate", "--out", nowhere], "there is no directory"),
+        (["calibrate", "--out", tmp_path], "it is not a regular file"),
+        (["tune", "--max-kl", 1, "--artifact", artifact, "--out", nowhere], "there is no directory"),
+        (["train-beam", "--out", nowhere], "there is no directory"),
+        (["train-beam", "--out", tmp_path / "o", "--plot", tmp_path / "a.jpeg2"], "expected a file name that ends in .png"),
+        (["eval", "--csv", nowhere], "there is no directory"),
+        (["eval", "--plot", nowhere.with_suffix(".png")], "there is no directory"),
+        (["bench", "--csv", tmp_path], "it is not a regular file"),
+    ]
+    with mock.patch("moe_fx.inputs.load_model", side_effect=AssertionError("the work began")):
+        for (command, *options), words in cases:
+            result = run(command, folder / "model", "--data", folder / "data.jsonl", *options, "--json")
+            assert result.exit_code == 1, (command, result.output)
+            assert words in json.loads(result.stdout)["error"]
+
+
+def test_a_warning_of_too_few_tokens_is_one_line_with_the_spread(folder: Path, tmp_path: Path) -> None:
+    result = run("calibrate", folder / "model", "--data", folder / "data.jsonl", "--tokens", 16, "--length", 16,
+                 "--out", tmp_path / "o")  # fmt: skip
+    assert result.exit_code == 0
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("warning: similarities are known only to ± 0.")
+    assert line.endswith(": 16 tokens are too few; give more --tokens")
+
+
+@pytest.mark.parametrize("what", ["artifact", "csv", "plot", "checkpoint"])
+def test_a_full_disk_leaves_the_old_file(folder: Path, tmp_path: Path, what: str) -> None:
+    out, old = tmp_path / f"old.{'png' if what == 'plot' else 'file'}", b"what was there before"
+    evaluation: list[object] = ["eval", "--batch", 2, "--context", 4, "--groups", 1]
+    arguments: dict[str, list[object]] = {
+        "artifact": ["calibrate", "--tokens", 32, "--length", 16, "--out", out],
+        "csv": [*evaluation, "--csv", out],
+        "plot": [*evaluation, "--plot", out],
+        "checkpoint": ["train-beam", "--steps", 2, "--rows", 2, "--length", 16, "--held-out", 2, "--every", 1, "--out", out],
+    }
+    command, *options = arguments[what]
+    out.write_bytes(old)
+    with mock.patch.object(os, "fsync", side_effect=OSError(28, "No space left on device")):
+        result = run(command, folder / "model", "--data", folder / "data.jsonl", *options, "--json")
+    assert result.exit_code == 1
+    assert "No space left on device; what was there before is unchanged" in json.loads(result.stdout.splitlines()[-1])["error"]
+    assert out.read_bytes() == old
+    assert [p.name for p in tmp_path.iterdir()] == [out.name]
 
 
 def test_a_local_model_needs_no_network(folder: Path) -> None:
@@ -265,15 +354,15 @@ def test_lm_eval_scores_the_plain_model_as_by_itself_and_a_policy_changes_them(
     plain = lm_eval.simple_evaluate(model=language_model, tasks=tasks, bootstrap_iters=0)
     masks = tmp_path / "masks.safetensors"
     tiny.random_artifact("qwen3_moe").save(masks)
-    policies = ["sere:primary=1", json.dumps({"name": "beam", "tau": 0.5}), "topk"]
+    policies = ["sere:primary=1", json.dumps({"name": "beam", "tau": 0.5})]
     result = run("eval", with_end, "--data", folder / "data.jsonl", "--batch", 4, "--context", 4, "--groups", 1,
                  "--artifact", masks, *(a for p in policies for a in ("--policy", p)),
                  *(a for t in tasks for a in ("--lm-eval", t)), "--json")  # fmt: skip
     assert result.exit_code == 0, result.output
     scores = json.loads(result.stdout)["lm_eval"]
     perplexity = {name: found["local_loglikelihood"]["perplexity,none"] for name, found in scores.items()}
-    full, sere, beam, top_k = perplexity.values()
-    assert full == top_k == pytest.approx(plain["results"]["local_loglikelihood"]["perplexity,none"], rel=1e-4)
+    full, sere, beam = perplexity.values()
+    assert full == pytest.approx(plain["results"]["local_loglikelihood"]["perplexity,none"], rel=1e-4)
     assert abs(sere / full - 1) > 0.001
     assert abs(beam / full - 1) > 0.001
     assert all(found["local_generate_until"]["sample_len"] == 7 for found in scores.values())

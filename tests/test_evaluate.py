@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 import moe_fx
 import tiny
-from moe_fx.evaluate import Evaluation, EvaluationError, Evaluator, Stepwise, pareto, rows_of, windows
+from moe_fx.evaluate import (
+    Decoder,
+    Evaluation,
+    EvaluationError,
+    Evaluator,
+    Stepwise,
+    compiled_to_the_end,
+    pareto,
+    rows_of,
+    windows,
+)
 from moe_fx.policy import SmallerK, TopK
 from moe_fx.testing import tolerance
 
@@ -55,10 +68,11 @@ def expected_losses(name: str, model: torch.nn.Module, group: Tensor, rule: tiny
     return torch.stack(losses, dim=1).mean(dim=1)
 
 
-def test_equals_a_loop_over_the_patched_model() -> None:
-    name = "qwen3_moe"
+@pytest.mark.parametrize(("name", "context"), [("qwen3_moe", 7), ("gpt_oss", 13)])
+def test_equals_a_loop_over_the_patched_model(name: str, context: int) -> None:
+    """gpt_oss has layers with a sliding window of 8 tokens."""
     model, artifact = tiny.build(name), tiny.random_artifact(name)
-    texts = windows(documents(), batch=4, context=7, stride=7, max_groups=1)
+    texts = windows(documents(), batch=4, context=context, stride=context, max_groups=1)
     evaluator = Evaluator(model, texts)
     sere = evaluator.evaluate("SERE", moe_fx.SERE(artifact, primary=1))
     rule = tiny.sere_rule(artifact, 1, 0.0)
@@ -70,7 +84,7 @@ def test_equals_a_loop_over_the_patched_model() -> None:
     assert sere.kl > 0.001
     assert sere.active_experts < evaluator.full.active_experts
     assert list(sere.active) == list(tiny.ARCHS[name].sites)
-    assert sere.tokens == texts.scored == 28
+    assert sere.tokens == texts.scored == 4 * context
     fewer = evaluator.evaluate("top-1", SmallerK(1))
     assert fewer.off == 4 * (tiny.TOP_K - 1)
     assert max(fewer.active.values()) <= 4  # as many as texts
@@ -108,6 +122,50 @@ def test_a_model_generates_under_the_policy_and_afterwards_without_it() -> None:
             got = generated(tokens)
         assert got.tolist() == want.tolist() != plain.tolist()
         assert generated(tokens).tolist() == plain.tolist()
+
+
+def test_a_step_is_compiled_once_even_where_a_window_slides() -> None:
+    """Without that Dynamo gives up after some steps, and decodes on without the policy."""
+    compiled: list[torch.fx.GraphModule] = []
+
+    def count(gm: torch.fx.GraphModule, inputs: list[object]) -> Callable[..., Any]:
+        compiled.append(gm)
+        return gm.forward
+
+    tokens = tiny.tokens(2, 15)["input_ids"]
+    assert len(list(Decoder(tiny.build("gpt_oss"), *tokens.shape, backend=count).decode(tokens))) == 14
+    assert len(compiled) == 1
+
+
+def test_a_model_that_takes_no_static_cache_is_told() -> None:
+    model = tiny.build("qwen3_moe")
+
+    def with_a_cache_of_its_own(**inputs: object) -> None:
+        raise ValueError("this model brings\nits own cache")
+
+    model.forward = with_a_cache_of_its_own
+    words = "Qwen3MoeForCausalLM does not decode with a static key/value cache, which is what serves a batch: this model brings$"
+    with pytest.raises(EvaluationError, match=words):
+        Evaluator(model, windows(documents(), 2, 4, 4, 1))
+
+
+def test_a_model_that_changes_with_every_step_is_told() -> None:
+    class Counting(torch.nn.Module):
+        steps = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.steps += 1
+            return x * self.steps
+
+    program = torch.compile(Counting(), backend="eager", dynamic=False)
+
+    def decode() -> None:
+        with compiled_to_the_end():
+            for _ in range(40):
+                program(torch.ones(2))
+
+    with pytest.raises(EvaluationError, match="something in this model changes with every step"):
+        decode()
 
 
 def test_a_model_without_experts_is_told() -> None:

@@ -14,9 +14,10 @@ FOLDERS = ("moe_fx", "passes", "kernels")
 # folder; ``passes/*`` stands for all files in a folder.
 LOW = {"site", "artifacts", "policy", "stats", "tables", "ops", "report"}
 MIDDLE = LOW | {"passes/*", "owner"}
-HIGH = MIDDLE | {"pipeline", "backend"}
+HIGH = MIDDLE | {"pipeline", "backend", "apart", "inner"}
 ALLOWED: dict[str, set[str]] = {
     "kernels/*": {"kernels/*"},
+    "apart": set(),
     "site": set(),
     "stats": set(),
     "artifacts": {"site"},
@@ -27,7 +28,8 @@ ALLOWED: dict[str, set[str]] = {
     "passes/*": {"site", "artifacts", "policy", "stats", "tables", "ops", "passes/*"},
     "owner": LOW | {"passes/*"},
     "pipeline": MIDDLE,
-    "backend": MIDDLE | {"pipeline"},
+    "inner": MIDDLE | {"pipeline"},
+    "backend": MIDDLE | {"pipeline", "apart", "inner"},
     "exported": MIDDLE | {"pipeline"},
     "similarity": {"kernels/reference"},
     "calibrate": HIGH | {"kernels/reference", "similarity"},
@@ -48,13 +50,14 @@ EXTERNAL = {
     "torch": {"*"},
     "triton": {"kernels/*", "testing"},
     "numpy": {"kernels/cpu", "kernels/experts_cpu", "testing"},
-    "safetensors": {"artifacts"},
+    "safetensors": {"artifacts", "inputs"},
     "rich": {"report", "cli", "calibrate", "beam"},
     "matplotlib": {"report", "cli"},
     "transformers": {"hf", "cli", "inputs", "evaluate", "bench"},
     "typer": {"cli"},
     "lm_eval": {"cli"},
     "vllm": {"vllm/*"},
+    "torch_tensorrt": {"inner"},
     "prometheus_client": {"vllm/*"},
     "hypothesis": {"testing"},
 }
@@ -215,7 +218,7 @@ def test_importing_the_package_imports_nothing_heavy(newly_imported):
 def test_importing_the_package_costs_little_beyond_torch(newly_imported):
     assert "moe_fx" in newly_imported
     ours = {"moe_fx", "moe_fx.site", "moe_fx.artifacts", "moe_fx.policy", "moe_fx.calibrate", "moe_fx.stats", "moe_fx.ops",
-            "moe_fx.similarity", "moe_fx.kernels", "moe_fx.kernels.baselines", "moe_fx.kernels.reference",
+            "moe_fx.apart", "moe_fx.similarity", "moe_fx.kernels", "moe_fx.kernels.baselines", "moe_fx.kernels.reference",
             "moe_fx.kernels.cpu", "moe_fx.kernels.experts_cpu"}  # fmt: skip
     others = [name for name in newly_imported if name.partition(".")[0] not in sys.stdlib_module_names]
     assert set(others) <= ours, "import these where they are first needed"

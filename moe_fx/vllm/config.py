@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from moe_fx import __version__
+from moe_fx.artifacts import is_artifact
 from moe_fx.passes import graph
-from moe_fx.policy import BEAM, Policy, TopK, from_config
+from moe_fx.policy import BEAM, SERE, Policy, TopK, from_config
 from moe_fx.vllm import metrics
 
 KEY = "moe_fx"
 OLDEST, NEWEST = (0, 26), (0, 32)  # the minor versions of vLLM whose sources this package was written against
 PASS_KEY = "post_grad_custom_post_pass"
+SERVED = (SERE, BEAM, TopK)  # the other policies are there to be compared with, outside an engine
 
 #: Every key of the entry and what it may be.  The last two are added by ``prepare``.
 OPTIONS = {
@@ -88,7 +90,7 @@ def parse(entry: object) -> EngineSettings:
     """Read our entry.
 
     Raises:
-        VllmError: it is no mapping, has an unknown key, or ``stats`` is no bool.
+        VllmError: it is no mapping, has an unknown key, names a policy that is not served, or ``stats`` is no bool.
         PolicyError, ArtifactError: the policy or its artifact cannot be used.
     """
     if not isinstance(entry, Mapping):
@@ -101,13 +103,27 @@ def parse(entry: object) -> EngineSettings:
     stats = entry.get("stats", False)
     if not isinstance(stats, bool):
         raise VllmError(f"additional_config['{KEY}']['stats'] is {stats!r}, expected {OPTIONS['stats']}")
-    policies = from_config(entry.get("policy"))
+    given = entry.get("policy")
+    for part in given if isinstance(given, (list, tuple)) else [given]:
+        _check_served(part)
+    policies = from_config(given)
     for policy in policies:
         if isinstance(policy, BEAM) and policy.train:
             raise VllmError("BEAM(train=True) cannot train inside vLLM: train with torch.compile, then serve with train=False")
         if _has_artifact(policy) and getattr(policy, "artifact", None) is None and not isinstance(policy, TopK):
             raise VllmError(f"policy '{policy.name}' needs an artifact inside vLLM: add 'artifact': 'model.moe.safetensors'")
     return EngineSettings(policies, stats)
+
+
+def _check_served(part: object) -> None:
+    """Raises VllmError for one part of ``policy`` that names no policy of ``SERVED``."""
+    name = part.get("name") if isinstance(part, Mapping) else getattr(part, "name", part)
+    served = [policy.name for policy in SERVED]
+    if part is None or (isinstance(name, str) and name.lower() in served):
+        return
+    near = difflib.get_close_matches(str(name).lower(), served, n=1)
+    hint = f" (did you mean '{near[0]}'?)" if near else ""
+    raise VllmError(f"no policy {name!r} runs inside vLLM{hint}: it is 'sere', 'beam', a list of both, or 'topk'")
 
 
 def check_version() -> None:
@@ -171,7 +187,7 @@ def prepare(vllm_config: Any) -> EngineSettings | None:
     if entry.get("digest") not in (None, digest):
         raise VllmError("the policy's artifact changed while the engine was starting: start it again")
     _check_compiles(vllm_config)
-    _check_place(entry, vllm_config)
+    _check_place(vllm_config)
     if settings.stats:
         metrics.collect_here()
     from moe_fx.vllm.graph_pass import RoutingPass
@@ -197,16 +213,14 @@ def _check_compiles(vllm_config: Any) -> None:
         )
 
 
-def _check_place(entry: Mapping[str, Any], vllm_config: Any) -> None:
-    """Raises VllmError where vLLM would take an artifact for a file of the model's weights."""
-    policies = entry.get("policy")
+def _check_place(vllm_config: Any) -> None:
+    """Raises VllmError where vLLM would take an artifact for a file of the model's weights, and then fail in words of its own."""
     model = Path(vllm_config.model_config.model) if vllm_config.model_config is not None else None
-    for policy in policies if isinstance(policies, (list, tuple)) else [policies]:
-        artifact = policy.get("artifact") if isinstance(policy, Mapping) else None
-        if not isinstance(artifact, str) or model is None or (model / "model.safetensors.index.json").exists():
-            continue
-        if Path(artifact).resolve().parent == model.resolve():
+    if model is None or not model.is_dir() or (model / "model.safetensors.index.json").exists():
+        return
+    for file in sorted(model.glob("*.safetensors")):
+        if is_artifact(file):
             raise VllmError(
-                f"the artifact {artifact} lies in the model's folder, where vLLM takes every .safetensors file for weights: "
-                "move it to another folder"
+                f"the artifact {file} lies in the model's folder, where vLLM takes every .safetensors file for weights: move it "
+                "to another folder"
             )

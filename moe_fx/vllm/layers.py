@@ -12,7 +12,7 @@ from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.runner import moe_runner
 
 from moe_fx.artifacts import Artifact, ArtifactError
-from moe_fx.policy import BEAM, SERE, Policy, TopK
+from moe_fx.policy import SERE, Policy, TopK
 from moe_fx.vllm import ops, padding
 from moe_fx.vllm.config import EngineSettings, VllmError
 from moe_fx.vllm.metrics import Publisher
@@ -64,9 +64,6 @@ def install(runner: Any, settings: EngineSettings, device: torch.device) -> None
 def obstacle(layer: Any, settings: EngineSettings) -> str | None:
     """Why a layer's routing cannot be changed as asked, or None."""
     config = layer.moe_config
-    unknown = [p.name for p in settings.policies if not isinstance(p, (SERE, BEAM, TopK))]
-    if unknown:
-        return f"policy '{unknown[0]}' is there to be compared with and does not run inside vLLM: use 'sere', 'beam' or both"
     if is_opaque(layer) and layer.is_monolithic:
         method = type(layer._quant_method).__name__
         return (
@@ -75,6 +72,8 @@ def obstacle(layer: Any, settings: EngineSettings) -> str | None:
         )
     if is_opaque(layer) and not isinstance(layer.router, BaseRouter):
         return f"its router ({type(layer.router).__name__}) has no step between choosing experts and placing them"
+    if is_opaque(layer) and getattr(layer.router, "zero_expert_type", None) is not None:
+        return "its router has taken out the picks of zero experts, and what is left in their place would vote like real picks"
     if not settings.switches_off and all(isinstance(p, TopK) for p in settings.policies):
         return None
     if layer.do_naive_dispatch_combine or config.is_sequence_parallel or config.moe_parallel_config.pcp_size > 1:

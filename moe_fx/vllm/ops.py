@@ -7,6 +7,7 @@ Nothing of a policy is baked into a compiled graph.  In the *open* form routing 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.runner import moe_runner
 
@@ -137,23 +139,39 @@ def arm(layer: Any) -> None:
 
     @functools.wraps(compute)
     def compute_routing(hidden_states: Tensor, router_logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        weights, ids = compute(hidden_states, router_logits, *args, **kwargs)
         if _active.layer is not layer:
-            return weights, ids
+            return compute(hidden_states, router_logits, *args, **kwargs)
         policy = getattr(layer, ATTRIBUTE)
-        if any(p.needs_order for p in policy.policies):
+        in_order = any(p.needs_order for p in policy.policies)
+        with SortedTopK() if in_order and is_custom(router) else contextlib.nullcontext():
+            weights, ids = compute(hidden_states, router_logits, *args, **kwargs)
+        if in_order:
             weights, ids = best_first(router, router_logits, weights, ids)
         return route(policy, weights, ids, hidden_states)  # type: ignore[return-value]
 
     router._compute_routing = compute_routing
 
 
+class SortedTopK(TorchFunctionMode):
+    """Has every ``topk`` return the largest first, which changes nothing but the order of picks."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.topk, Tensor.topk):
+            return func(*args[:4], **{**(kwargs or {}), "sorted": True})  # the fifth argument is ``sorted``
+        return func(*args, **(kwargs or {}))
+
+
+def is_custom(router: Any) -> bool:
+    """Whether a function of the model's own selects."""
+    return getattr(router, "custom_routing_function", None) is not None
+
+
 def best_first(router: Any, router_logits: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> tuple[Tensor, Tensor]:
     """The picks in descending order of the score by which the router selected them.
 
-    A custom routing function's score is not known: its picks stay in the order in which it returns them.
+    A custom routing function's score is not known: its picks stay in the order in which it returns them (``SortedTopK``).
     """
-    if getattr(router, "custom_routing_function", None) is not None or type(router).__name__ == "FusedTopKRouter":
+    if is_custom(router) or type(router).__name__ == "FusedTopKRouter":
         return topk_weights, topk_ids  # the fused kernel picks one after the other
     num_experts = router_logits.shape[1]
     is_expert = (topk_ids >= 0) & (topk_ids < num_experts)

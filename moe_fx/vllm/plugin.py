@@ -14,7 +14,7 @@ def register() -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    _after(EngineArgs, "create_engine_config", lambda engine_args, config: _prepare(config))
+    _after(EngineArgs, "create_engine_config", lambda engine_args, config: _start(config))
     # a worker's process loads plugins while its worker is being made; this is the next thing that happens to it
     _after(WorkerWrapperBase, "init_device", lambda wrapper, _: _attend(wrapper.worker))
 
@@ -35,6 +35,14 @@ def _after(cls: type, name: str, then: Callable[[Any, Any], object]) -> None:
     setattr(cls, name, wrapped)
 
 
+def _start(vllm_config: Any) -> None:
+    """In the process that starts an engine."""
+    if _prepare(vllm_config) is not None:
+        from moe_fx.vllm import refusal
+
+        refusal.listen()
+
+
 def _prepare(vllm_config: Any) -> Any:
     """The settings asked for, our pass being in place; None without an entry of ours."""
     from moe_fx.vllm import config
@@ -44,7 +52,10 @@ def _prepare(vllm_config: Any) -> Any:
 
 def _attend(worker: Any) -> None:
     """Follow one worker through its start, if its engine has an entry of ours."""
-    settings = _prepare(worker.vllm_config)
+    from moe_fx.vllm import refusal
+
+    with refusal.told():
+        settings = _prepare(worker.vllm_config)
     if settings is None:
         return
     load_model, warm_up = worker.load_model, worker.compile_or_warm_up_model
@@ -53,7 +64,8 @@ def _attend(worker: Any) -> None:
         from moe_fx.vllm import layers
 
         result = load_model(*args, **kwargs)
-        layers.install(worker.model_runner, settings, worker.device)
+        with refusal.told():
+            layers.install(worker.model_runner, settings, worker.device)
         return result
 
     def checked(*args: Any, **kwargs: Any) -> Any:
@@ -61,7 +73,8 @@ def _attend(worker: Any) -> None:
 
         result = warm_up(*args, **kwargs)
         model = worker.model_runner.get_model()
-        layers.check_all_ran(model)
+        with refusal.told():
+            layers.check_all_ran(model)
         worker.moe_fx_publisher = layers.publish_totals(model, worker.vllm_config.parallel_config)
         return result
 

@@ -122,3 +122,29 @@ def test_what_cannot_be_retraced_is_an_error_with_a_reason() -> None:
     gm = fx.symbolic_trace(lambda x: x + 1)
     with pytest.raises(NormalizeError, match="no tensor input"):
         normalize(gm)
+
+
+@pytest.mark.parametrize("dim", [0, 1, -2])
+@pytest.mark.parametrize("name", ["topk", "max", "max with its axis", "argmax"])
+def test_a_choice_along_another_axis_becomes_one_along_the_last(name: str, dim: int) -> None:
+    def chosen(x: Tensor) -> Any:
+        if name == "topk":
+            return tuple(x.topk(2, dim))
+        return x.argmax(dim) if name == "argmax" else tuple(x.max(dim, keepdim=name != "max"))
+
+    x = torch.randn(4, 3, 5)
+    gm, result = normalized(chosen, x)
+    torch.testing.assert_close(result, chosen(x), rtol=0, atol=0)
+    (node,) = [n for n in gm.graph.nodes if op(n) in ("topk", "max", "argmax")]
+    assert node.args[-1 if name == "topk" else 1] == -1
+    assert node.args[0].op == "call_function"
+    for result_node, want in zip(gm.graph.output_node().args[0], result if isinstance(result, tuple) else [result], strict=True):
+        assert result_node.meta["val"].shape == want.shape
+
+
+@pytest.mark.parametrize(
+    "choose", [lambda x: x.topk(2), lambda x: x.max(-1), lambda x: x.max(), lambda x: x.argmax(), lambda x: x.long().max(0)]
+)
+def test_other_choices_stay_as_they_are(choose: Callable[[Tensor], Any]) -> None:
+    gm, _ = normalized(choose, torch.randn(4, 3))
+    assert "permute" not in [op(n) for n in gm.graph.nodes]

@@ -140,6 +140,15 @@ def test_left_alone(cls: type[layers.Layer]) -> None:
         (layers.NucleusRouting, r"how it selects \(sort\) is not known"),
         (layers.LastOfAscending, r"how it selects \(argsort\) is not known"),
         (layers.NegatedDistance, "softmax of neg of cdist"),
+        (layers.GatheredTransposed, "transposed ids"),
+        (layers.DropsBest, "only 2 of the 3 picks"),
+        (layers.PushedDown, r"meet scores in a way that is not known \(add\)"),
+        (layers.Boosted, r"meet scores in a way that is not known \(mul\)"),
+        (layers.WithoutBest, r"as a mask \(masked_fill\)"),
+        (layers.ChannelGroups, "never seen to select"),
+        (layers.ReachTheKth, "more than K where some are equal"),
+        (layers.BelowTheKth, "more than K where some are equal"),
+        (layers.EqualToBest, "more than K where some are equal"),
     ],
 )
 def test_what_resembles_routing_is_reported_with_its_reason(cls: type[layers.Layer], words: str) -> None:
@@ -148,7 +157,16 @@ def test_what_resembles_routing_is_reported_with_its_reason(cls: type[layers.Lay
     assert re.search(words, skip.reason)
 
 
-@pytest.mark.parametrize("cls", [layers.NegatedDistance, layers.LastOfAscending, layers.ProductKeys, layers.MasksInTurn])
+@pytest.mark.parametrize("cls", [layers.ReachTheKthUnit, layers.KWinners, layers.GroupOnly, layers.Median])
+def test_what_keeps_scores_without_choosing_experts_is_no_skip(cls: type[layers.Layer]) -> None:
+    layer, x, _ = make(cls)
+    assert not any(s.routing for s in moe_fx.explain(layer, x).skips)
+
+
+@pytest.mark.parametrize(
+    "cls", [layers.NegatedDistance, layers.LastOfAscending, layers.ProductKeys, layers.MasksInTurn, layers.ReachTheKth,
+     layers.GatheredTransposed],
+)  # fmt: skip
 def test_strict_objects_to_a_router_that_cannot_be_read(cls: type[layers.Layer]) -> None:
     layer, x, artifact = make(cls)
     with pytest.raises(Exception, match="strict: .*was left alone"):
@@ -205,6 +223,13 @@ class DropsLow(layers.Layer):
         return super().run(x, ids, kept / kept.sum(-1, keepdim=True))
 
 
+class BestInFull(layers.Layer):
+    """The best pick counts in full, whatever its weight."""
+
+    def run(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return super().run(x, ids, torch.cat([torch.ones_like(weights[:, :1]), weights[:, 1:]], dim=-1))
+
+
 class ChangedBetween(layers.Layer):
     """The router's input is changed in place before the weights are final."""
 
@@ -217,7 +242,9 @@ class ChangedBetween(layers.Layer):
         return self.run(x, ids, weights)
 
 
-@pytest.mark.parametrize("cls", [InputWeighted, LateSoftmax, NormalisedWithSink, NormalisedAfter, DropsLow, ChangedBetween])
+@pytest.mark.parametrize(
+    "cls", [InputWeighted, LateSoftmax, NormalisedWithSink, NormalisedAfter, DropsLow, ChangedBetween, BestInFull]
+)
 def test_beam_keeps_away_where_a_weight_of_zero_would_not_mean_off(cls: type[layers.Layer]) -> None:
     layer, x, artifact = make(cls)
     with torch.no_grad():
@@ -268,6 +295,19 @@ def test_two_routers_of_one_block_are_two_sites() -> None:
             return self.second(x + self.first(x))
 
     assert [s.name for s in moe_fx.explain(Twice(), torch.randn(T, H)).sites] == ["first", "second"]
+
+
+def test_a_layer_in_the_root_is_named_after_the_root_however_deep_its_router() -> None:
+    class Deep(layers.Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Sequential(torch.nn.Linear(H, H), torch.nn.Tanh(), torch.nn.Linear(H, E))
+
+        def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            weights, ids = self.net(x).softmax(-1).topk(layers.K)
+            return ids, weights
+
+    assert [s.name for s in moe_fx.explain(Deep(), torch.randn(T, H)).sites] == [""]
 
 
 def test_one_layer_run_twice_is_one_site() -> None:

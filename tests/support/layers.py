@@ -313,6 +313,169 @@ class FlatMatrix(Layer):
         return self.run_dense(x, torch.zeros(x.shape[0], E).scatter(1, ids.view(-1, K), weights.view(-1, K)))
 
 
+class TransposedRouter(Layer):
+    """Experts stand before tokens."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = (self.router.weight @ x.T).softmax(0).topk(K, dim=0)
+        return ids.T, weights.T
+
+
+class TransposedEinsum(Layer):
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = torch.einsum("eh,th->et", self.router.weight, x).sigmoid().topk(K, dim=0, sorted=False)
+        return ids.T.contiguous(), weights.T.contiguous()
+
+
+class ChannelsFirst(Layer):
+    """Experts stand between batch and sequence."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x.view(2, -1, H)).transpose(1, 2).softmax(1).topk(K, dim=1)
+        return self.run(x, ids.transpose(1, 2).reshape(-1, K), weights.transpose(1, 2).reshape(-1, K))
+
+
+class TransposedBest(BestOnly):
+    """One pick, from experts that stand before tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x).T.softmax(0).max(0)
+        return self.run(x, ids.unsqueeze(1), weights.unsqueeze(1))
+
+
+class MatrixByColumns(LoopOverExperts):
+    """The matrix of weights is made first, and each column of it weighs an expert's output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = torch.zeros(x.shape[0], E)
+        ids, weights = self.route(x)
+        gates = gates.scatter(1, ids, weights)
+        return sum(gates[:, e : e + 1] * expert(x) for e, expert in enumerate(self.experts))
+
+
+class MatrixUnbound(LoopOverExperts):
+    def forward(self, x: Tensor) -> Tensor:
+        ids, weights = self.route(x)
+        columns = torch.zeros(x.shape[0], E).scatter(1, ids, weights).unbind(-1)
+        shared = x * 1
+        return sum(column.unsqueeze(-1) * expert(shared) for column, expert in zip(columns, self.experts, strict=True))
+
+
+class StackedOutputs(LoopOverExperts):
+    """All experts run, and the picks' outputs are taken from theirs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x, *self.route(x))
+
+
+class StackedOutputsIndexed(LoopOverExperts):
+    def forward(self, x: Tensor) -> Tensor:
+        ids, weights = self.route(x)
+        every = torch.stack([expert(x) for expert in self.experts])
+        return (every[ids, torch.arange(x.shape[0]).unsqueeze(1)] * weights.unsqueeze(-1)).sum(1)
+
+
+class MaskedLogits(Layer):
+    """What was not picked is masked before the softmax."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        values, ids = self.router(x).topk(K)
+        return ids, values.softmax(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.router(x)
+        out = torch.ones_like(logits, dtype=torch.bool).scatter(-1, logits.topk(K).indices, False)
+        return self.run_dense(x, logits.masked_fill(out, float("-inf")).softmax(-1))
+
+
+class MaskedLogitsWhere(MaskedLogits):
+    """The mask says what stays, and the fill is a tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.router(x)
+        stays = torch.zeros_like(logits).scatter(-1, logits.topk(K).indices, 1.0) > 0
+        return self.run_dense(x, torch.where(stays, logits, torch.tensor(torch.finfo(torch.float32).min)).softmax(-1))
+
+
+class MaskedScores(Layer):
+    """One-hot masks of the picks, added up, times the scores."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = self.router(x).softmax(-1).topk(K)
+        return ids, weights / weights.sum(-1, keepdim=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x).softmax(-1)
+        gates = scores * F.one_hot(scores.topk(K).indices, E).sum(dim=1)
+        return self.run_dense(x, gates / gates.sum(-1, keepdim=True))
+
+
+class PutAtPlaces(Layer):
+    """Weights looked up and put down by row and column."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores, rows = self.router(x).softmax(-1), torch.arange(x.shape[0])[:, None]
+        ids = scores.topk(K).indices
+        gates = torch.zeros_like(scores)
+        gates[rows, ids] = scores[rows, ids]
+        return self.run_dense(x, gates)
+
+
+class FloatIds(Layer):
+    """The ids travel as floats."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids, weights = self.route(x)
+        return self.run(x, ids.float().long(), weights)
+
+
+class SelectsMore(Layer):
+    """More are selected than are used."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        values, ids = self.router(x).softmax(-1).topk(K + 2)
+        return ids[:, :K], values[:, :K]
+
+
+class NormalisedFlat(Layer):
+    """Batch and sequence are apart where experts are picked, and together where weights are normalised."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = self.router(x).softmax(-1).topk(K)
+        return ids, weights / weights.sum(-1, keepdim=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x.view(2, -1, H)).softmax(-1).topk(K)
+        weights = weights.flatten(0, 1)
+        return self.run(x, ids.flatten(0, 1), weights / weights.sum(-1, keepdim=True))
+
+
+class DoubleRouter(Layer):
+    """Scored in double precision by the first half of a wider projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(H, E + 5, bias=False)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = F.linear(x.double(), self.router.weight.double())[:, :E]
+        weights, ids = logits.softmax(-1).topk(K)
+        return ids, weights.to(x)
+
+
+class TwoOpinions(Layer):
+    """The mean of two routers decides, and its temperature is learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(H, E)
+        self.temperature = nn.Parameter(torch.tensor(0.7))
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        values, ids = (0.5 * (self.router(x) + self.other(x))).topk(K, sorted=False)
+        return ids, (values / self.temperature.exp()).softmax(-1)
+
+
 class Capacity(Layer):
     """GShard: what overflows an expert's capacity is dropped, so an off pick must not take a place."""
 
@@ -328,7 +491,9 @@ ROUTES: dict[type[Layer], int] = {
     WeightsAfterIds: K, CosineRouter: K, LoopOverExperts: K, Capacity: K,
     EinsumRouter: K, ArgsortThenSlice: K, SmallestNegated: K, NormedLogits: K, CountedGroups: K, MaxInTurn: 2, BestOnly: 1,
     BestAsMatrix: 1, SortedIds: K, ReshapedOnTheWay: K, EveryExpertAsMatrix: E, FlatMatrix: K,
-    IdsLaidOutLikeWeights: K,
+    IdsLaidOutLikeWeights: K, TransposedRouter: K, TransposedEinsum: K, ChannelsFirst: K, TransposedBest: 1,
+    MatrixByColumns: K, MatrixUnbound: K, StackedOutputs: K, StackedOutputsIndexed: K, MaskedLogits: K, MaskedLogitsWhere: K,
+    MaskedScores: K, PutAtPlaces: K, FloatIds: K, SelectsMore: K, NormalisedFlat: K, DoubleRouter: K, TwoOpinions: K,
 }  # fmt: skip
 
 
@@ -364,6 +529,24 @@ class ExpertChoice(Layer):
         weights, tokens = self.router(x).softmax(-1).T.topk(3)
         y = torch.bmm(F.silu(torch.bmm(x[tokens], self.up)), self.down) * weights.unsqueeze(-1)
         return torch.zeros_like(x).index_add(0, tokens.flatten(), y.flatten(0, 1))
+
+
+class ExpertChoiceDown(Layer):
+    """Experts pick tokens, along the first axis."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, tokens = (w.T for w in self.router(x).softmax(-1).topk(3, dim=0))
+        y = torch.bmm(F.silu(torch.bmm(x[tokens], self.up)), self.down) * weights.unsqueeze(-1)
+        return torch.zeros_like(x).index_add(0, tokens.flatten(), y.flatten(0, 1))
+
+
+class GatheredTransposed(Layer):
+    """The weights are looked up by ids that stand before the tokens."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.router(x).T.softmax(0)
+        ids = scores.topk(K, dim=0).indices
+        return ids.T, scores.gather(0, ids).T
 
 
 class NucleusRouting(Layer):
@@ -573,9 +756,97 @@ class LastVisitors(Layer):
         return self.run(x, ids, weights) + visitors.sum(0)
 
 
+class ReachTheKth(Layer):
+    """Scores that reach the k-th best stay: more than k where some are equal."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x).softmax(-1)
+        gates = scores * (scores >= scores.topk(K).values[..., -1:])
+        return self.run_dense(x, gates / gates.sum(-1, keepdim=True))
+
+
+class BelowTheKth(Layer):
+    """The rest is masked before the softmax."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.router(x)
+        bound = logits.kthvalue(E - K + 1, dim=-1, keepdim=True).values
+        return self.run_dense(x, logits.masked_fill(logits < bound, float("-inf")).softmax(-1))
+
+
+class EqualToBest(Layer):
+    """The best expert, or several equals."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x).softmax(-1)
+        return self.run_dense(x, torch.where(scores == scores.amax(-1, keepdim=True), scores, 0.0))
+
+
+class ReachTheKthUnit(Layer):
+    """A sparse activation: units that reach the k-th best stay, then a product with a stack of as many rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        units = self.router(x)
+        sparse = torch.where(units >= units.topk(K).values[:, -1:], units, 0.0)
+        return torch.einsum("te,eih->th", sparse, self.down)
+
+
+class DropsBest(Layer):
+    """The best pick is left out."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        values, ids = self.router(x).softmax(-1).topk(K + 1)
+        return ids[:, 1:], values[:, 1:]
+
+
+class PushedDown(Layer):
+    """What was not picked is pushed down by a large number: a mask that says which scores count, and no weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.router(x)
+        stays = torch.zeros_like(logits).scatter(-1, logits.topk(K).indices, 1.0)
+        return self.run_dense(x, (logits + (1 - stays) * -1e9).softmax(-1))
+
+
+class Boosted(Layer):
+    """A soft mixture, in which what was picked counts twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x).softmax(-1)
+        return self.run_dense(x, scores * (1 + torch.zeros_like(scores).scatter(-1, scores.topk(K).indices, 1.0)))
+
+
+class WithoutBest(Layer):
+    """The picks are what is not used."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x).softmax(-1)
+        return self.run_dense(x, scores.masked_fill(torch.zeros_like(scores).scatter(-1, scores.topk(K).indices, 1.0) > 0, 0.0))
+
+
+class ChannelGroups(Layer):
+    """Columns of a matrix of weights, each times a group of channels of one projection: no experts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids, weights = self.route(x)
+        gates = torch.zeros(x.shape[0], E).scatter(1, ids, weights)
+        units = x @ self.up[0]
+        return torch.cat([gates[:, e : e + 1] * units[:, 2 * e : 2 * e + 2] for e in range(E)], dim=-1)
+
+
+class StackOfScales(Layer):
+    """As many outputs as there are choices, all of one layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids, weights = self.route(x)
+        every = torch.stack([F.silu(x @ self.up[0]) * (e + 1) for e in range(E)], dim=1)
+        return torch.einsum("te,teh->th", torch.zeros(x.shape[0], E).scatter(1, ids, weights), every)
+
+
 LEFT_ALONE: tuple[type[Layer], ...] = (
     Sampler, Indexer, ExpertChoice, NucleusRouting, GroupOnly, SmallestPicks, ShiftedIds, Median,
     OneHotScores, MaskedIds, PromptPool, KWinners, ClassCounts, NegatedDistance, LastOfAscending, ProductKeys, MasksInTurn,
     Heads, HeadsBeside, HeadsGated, HeadsOverPrompts, HeadsGatedByMemory, HeadsScaledByLoad, SortedBuckets, OneHotLookUp,
-    OneHotCounts, LastVisitors,
+    OneHotCounts, LastVisitors, ReachTheKth, BelowTheKth, EqualToBest, ReachTheKthUnit, ExpertChoiceDown,
+    GatheredTransposed, DropsBest, PushedDown, Boosted, WithoutBest, ChannelGroups, StackOfScales,
 )  # fmt: skip

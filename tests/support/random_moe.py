@@ -18,9 +18,10 @@ from torch import Tensor, nn
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh}
 FORMS = (
     "gathered", "slots", "pairs", "sorted_pairs", "grouped", "dense_scatter", "dense_one_hot", "dense_infinity", "loop", "where",
-    "modules",
+    "modules", "columns", "stacked", "stacked_dense",
 )  # fmt: skip
-DENSE = ("dense_scatter", "dense_one_hot", "dense_infinity")
+DENSE = ("dense_scatter", "dense_one_hot", "dense_infinity", "columns", "stacked_dense")
+MODULES = ("modules", "columns", "stacked", "stacked_dense")  # experts that are modules of their own
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
         weigh = "softmax_values"
     positive = weigh.startswith("softmax") or (scoring != "none" and not (weigh == "values" and bias))
     divides = positive and form != "dense_infinity"
-    turns = ["topk", "topk", "topk_unsorted"] + (["sort", "argsort", "negated"] if picks < experts else [])
+    turns = ["topk", "topk", "topk_unsorted", "topk_first_axis", "topk_more"]
+    turns += ["sort", "argsort", "negated"] if picks < experts else []
     turns += (["in_turn"] if picks in (2, 3) and not groups else [])
     turns += ["max", "max_keepdim", "argmax"] if picks == 1 else []
     dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16]))
@@ -201,6 +203,12 @@ class Gate(nn.Module):
             return torch.topk(choice, k, dim=-1)
         if kind == "topk_unsorted":
             return choice.topk(k, dim=choice.dim() - 1, sorted=False)
+        if kind == "topk_first_axis":
+            values, ids = choice.movedim(-1, 0).topk(k, dim=0)
+            return values.movedim(0, -1), ids.movedim(0, -1)
+        if kind == "topk_more":
+            values, ids = choice.topk(min(k + 1, choice.shape[-1]))
+            return values[..., :k], ids[..., :k]
         if kind == "sort":
             values, ids = torch.sort(choice, dim=-1, descending=True)
             return values[..., :k], ids[..., :k]
@@ -271,7 +279,7 @@ class Experts(nn.Module):
         self.down_bias = nn.Parameter(0.1 * torch.randn(experts, hidden)) if recipe.expert_bias else None
         if recipe.form == "grouped":
             import transformers.integrations.moe  # noqa: F401  (defines the op that it multiplies by)
-        if recipe.form == "modules":
+        if recipe.form in MODULES:
             pairs = [[nn.Linear(hidden, columns), nn.Linear(width, hidden)] for _ in range(experts)]
             self.mlps = nn.ModuleList(map(nn.ModuleList, pairs))
             del self.up, self.down, self.up_bias, self.down_bias
@@ -289,7 +297,7 @@ class Experts(nn.Module):
 
     def one(self, x: Tensor, e: int) -> Tensor:
         """Expert e on every row."""
-        if self.recipe.form == "modules":
+        if self.recipe.form in MODULES:
             up, down = self.mlps[e]
             return down(self.activate(up(x)))
         up, down = self.matrices()
@@ -381,6 +389,21 @@ class Experts(nn.Module):
         for e in range(self.recipe.sizes[2]):
             out = out + self.one(x, e) * torch.where(ids == e, weights, 0.0).sum(-1, keepdim=True)
         return out
+
+    def as_columns(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Expert after expert, by the columns of a matrix."""
+        gates = torch.zeros(x.shape[0], self.recipe.sizes[2], dtype=weights.dtype).scatter(1, ids, weights)
+        return torch.stack([column.unsqueeze(-1) * self.one(x, e) for e, column in enumerate(gates.unbind(-1))]).sum(0)
+
+    def as_stacked(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The picks' outputs, taken from those of all experts."""
+        every = torch.stack([self.one(x, e) for e in range(self.recipe.sizes[2])], dim=1)
+        return (every.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1])) * weights.unsqueeze(-1)).sum(1)
+
+    def as_stacked_dense(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        gates = torch.zeros(x.shape[0], self.recipe.sizes[2], dtype=weights.dtype).scatter(1, ids, weights)
+        every = torch.stack([self.one(x, e) for e in range(self.recipe.sizes[2])], dim=1)
+        return torch.einsum("te,teh->th", gates.to(x.dtype), every)
 
     def by_definition(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The meaning of every form, in float32: x [T, H], ids and weights [T, K]."""

@@ -20,6 +20,7 @@ USES = (
     "attention_mask", "synthesizer", "knn_attention", "expert_choice", "expert_choice_dense", "depth", "pool", "group_pick",
     "group_pick_stack", "nucleus", "sampler", "beam_step", "class_counts", "labels", "median", "threshold", "rank", "shuffle",
     "hash", "position_bias", "head_scores", "retrieval", "memory_write", "ids_out", "soft_stack", "lsh",
+    "soft_boost", "pushed_down", "without_picks", "channel_groups", "scaled_stack", "threshold_stack", "expert_choice_turned",
 )  # fmt: skip
 
 
@@ -305,3 +306,48 @@ class Block(nn.Module):
         rows = x[order]
         return (rows + rows.roll(1, 0))[order.argsort()]
 
+    def every(self, x: Tensor) -> Tensor:
+        return torch.einsum("etw,ewh->eth", F.silu(torch.einsum("th,ehw->etw", x, self.up)), self.down)
+
+    def use_soft_boost(self, x: Tensor) -> Tensor:
+        """A soft mixture in which the picks count twice."""
+        scores = self.router(x).softmax(-1)
+        picked = torch.zeros_like(scores).scatter(-1, self.select(scores)[1], 1.0)
+        return torch.einsum("te,eth->th", scores * (1 + picked), self.every(x))
+
+    def use_pushed_down(self, x: Tensor) -> Tensor:
+        """The picks say which scores count, by a large number."""
+        scores = self.router(x)
+        picked = torch.zeros_like(scores).scatter(-1, self.select(scores)[1], 1.0)
+        return torch.einsum("te,eth->th", (scores - 1e9 * (1 - picked)).softmax(-1), self.every(x))
+
+    def use_without_picks(self, x: Tensor) -> Tensor:
+        """A soft mixture of all but the picks."""
+        scores = self.router(x).softmax(-1)
+        picked = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, self.select(scores)[1], True)
+        return torch.einsum("te,eth->th", scores.masked_fill(picked, 0.0), self.every(x))
+
+    def use_channel_groups(self, x: Tensor) -> Tensor:
+        """Columns of the picks' weights, each times some channels of one map."""
+        values, ids = self.picks(x)
+        gates = torch.zeros(x.shape[0], self.other.choices).scatter(1, ids, values)
+        channels = self.value(x)
+        return torch.cat([gates[:, e : e + 1] * channels[:, e % x.shape[1]].unsqueeze(-1) for e in range(self.other.choices)], -1)
+
+    def use_scaled_stack(self, x: Tensor) -> Tensor:
+        """As many outputs as choices, all of one map."""
+        values, ids = self.picks(x)
+        gates = torch.zeros(x.shape[0], self.other.choices).scatter(1, ids, values)
+        return torch.einsum("te,teh->th", gates, torch.stack([self.value(x) * (e + 1) for e in range(self.other.choices)], 1))
+
+    def use_threshold_stack(self, x: Tensor) -> Tensor:
+        """All experts whose score reaches the k-th best."""
+        scores = self.router(x).softmax(-1)
+        return torch.einsum("te,eth->th", scores * (scores >= self.select(scores)[0][:, -1:]), self.every(x))
+
+    def use_expert_choice_turned(self, x: Tensor) -> Tensor:
+        """Scores that stand before tokens, of which each expert picks some."""
+        scores = (self.router.weight @ x.t()).softmax(0)
+        weights, tokens = self.select(scores)
+        out = torch.bmm(F.silu(torch.bmm(x[tokens], self.up)), self.down) * weights.unsqueeze(-1)
+        return torch.zeros_like(x).index_add(0, tokens.flatten(), out.flatten(0, 1))

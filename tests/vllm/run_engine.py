@@ -2,13 +2,15 @@
 
     {"model": PATH, "entry": {"policy": ...}, "form": "open" or "opaque", "patched": true, "engine": {...LLM's arguments},
      "rounds": [[prompt, ...], ...], "max_tokens": 8, "variants": {name: [policies], ...}, "own_pass": true, "watch": true,
-     "int8": true}
+     "int8": true, "monolithic": true, "pieces": true}
 
 ``entry`` is our entry of ``additional_config``.  ``patched`` is what an engine is held against: its router calls
 ``kernels/reference.py`` in Python, and nothing of ours runs.  Starting an engine takes most of a minute, so the rounds are
 run once for every variant, its policies put in the place of those that the engine started with.  ``own_pass`` adds a pass of
 the user's own; ``watch`` has every rank tell the ids that it routed to.
 ``int8`` runs vLLM's int8 experts also on a CPU without AMX, which vLLM does not offer although their kernel needs only VNNI.
+``monolithic`` has the layers say that their kernel routes inside itself.  ``pieces`` compiles with vLLM's own backend, piece
+by piece, as a GPU engine does; a CPU engine by itself gives the whole model to Inductor.
 """
 
 from __future__ import annotations
@@ -34,6 +36,25 @@ def take_opaque_form() -> None:
         return getattr(torch.ops.vllm, name)
 
     MoERunner._select_forward = select_forward
+
+
+def compile_in_pieces() -> None:
+    """Have the CPU platform leave vLLM's own backend in its place."""
+    from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
+    from vllm.config import CompilationMode
+    from vllm.platforms.cpu import CpuPlatform
+
+    check = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
+
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        config = vllm_config.compilation_config
+        wanted = config.mode
+        check(cls, vllm_config)
+        if wanted == CompilationMode.VLLM_COMPILE:
+            config.mode, config.backend, config.compile_sizes = wanted, "inductor", []
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+    FixFunctionalizationPass.__call__ = lambda self, graph: None  # it names ops that only a GPU build has
 
 
 #: The policies that a patched router applies now, each with its artifact.
@@ -133,6 +154,10 @@ def own_pass() -> Any:
     return OwnPass()
 
 
+#: How many tokens of each round's prompts were in the prefix cache.
+_CACHED: list[int] = []
+
+
 def generate(llm: Any, spec: dict[str, Any]) -> list[list[list[int]]]:
     """The tokens of every prompt of every round; the prompts of a round are decoded together."""
     from vllm import SamplingParams
@@ -142,6 +167,7 @@ def generate(llm: Any, spec: dict[str, Any]) -> list[list[list[int]]]:
     for prompts in spec["rounds"]:
         outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
         rounds.append([list(o.outputs[0].token_ids) for o in outputs])
+        _CACHED.append(sum(o.num_cached_tokens or 0 for o in outputs))
     return rounds
 
 
@@ -151,6 +177,12 @@ def main() -> None:
         take_opaque_form()
     if spec.get("patched"):
         patch_router()
+    if spec.get("monolithic"):
+        from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+        MoERunner.is_monolithic = True
+    if spec.get("pieces"):
+        compile_in_pieces()
     if spec.get("int8"):
         from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsInt8
 
@@ -170,7 +202,7 @@ def main() -> None:
     llm = LLM(spec["model"], **arguments)
     if spec.get("watch"):
         llm.collective_rpc("watch")
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = {"cached": _CACHED}
     for name, policies in spec.get("variants", {"started": None}).items():
         if policies is not None:
             change_policies(llm, policies, bool(spec.get("patched")))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import moe_fx
+from moe_fx.artifacts import is_artifact
 from moe_fx.vllm import VllmError, config, engine_args
 
 SITES = {"model.layers.0.mlp": {"similarity": torch.eye(4), "mask_router": torch.zeros(4, 8)}}
@@ -60,6 +61,10 @@ def test_an_entry_without_a_policy_changes_nothing(entry):
         ({"policy": "sere"}, "needs an artifact inside vLLM"),
         ({"policy": "beam"}, "needs an artifact inside vLLM"),
         ({"policy": {"name": "sere", "primry": 1}}, "did you mean 'primary'"),
+        ({"policy": "ser"}, r"no policy 'ser' runs inside vLLM \(did you mean 'sere'\?\): it is 'sere', 'beam', a list"),
+        ({"policy": [{"name": "beam", "artifact": "/nowhere"}, {"name": "smaller_k", "k": 2}]}, "no policy 'smaller_k' runs"),
+        ({"policy": {"artifact": "/nowhere", "primary": 2}}, "no policy None runs inside vLLM"),
+        ({"policy": 7}, "no policy 7 runs inside vLLM"),
         ({"policy": {"name": "sere", "artifact": "/nowhere"}}, "/nowhere"),
         ({"policy": {"name": "beam", "train": True}}, "cannot train inside vLLM"),
         ({"stats": "yes"}, "true or false"),
@@ -68,6 +73,52 @@ def test_an_entry_without_a_policy_changes_nothing(entry):
 def test_a_wrong_entry_is_refused(entry, message):
     with pytest.raises(ValueError if "nowhere" in message or "primary" in message else VllmError, match=message):
         config.parse(entry)
+
+
+def test_a_policy_object_that_is_not_served_is_refused():
+    with pytest.raises(VllmError, match="no policy 'drop' runs inside vLLM"):
+        engine_args(moe_fx.policy.Drop(primary=1))
+
+
+def weights(folder, name):
+    from safetensors.torch import save_file
+
+    save_file({"model.norm.weight": torch.ones(4)}, folder / name)
+
+
+def check_place(model):
+    config._check_place(SimpleNamespace(model_config=SimpleNamespace(model=str(model))))
+
+
+@pytest.mark.parametrize("name", ["a.moe.safetensors", "sere.safetensors"])
+def test_an_artifact_among_the_models_weights_is_refused(tmp_path, name):
+    """Whether the policy names that file or another: vLLM would load it as weights."""
+    weights(tmp_path, "model.safetensors")
+    check_place(tmp_path)
+    moe_fx.Artifact(SITES).save(tmp_path / name)
+    with pytest.raises(VllmError, match=f"{name} lies in the model's folder, .* move it to another folder"):
+        check_place(tmp_path)
+
+
+def test_an_artifact_beside_indexed_weights_does_no_harm(tmp_path):
+    """vLLM then takes only the files that the index names."""
+    moe_fx.Artifact(SITES).save(tmp_path / "a.moe.safetensors")
+    weights(tmp_path, "model-00001-of-00001.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    check_place(tmp_path)
+
+
+@pytest.mark.parametrize("model", ["org/name", "/nowhere"])
+def test_a_model_that_is_no_folder_has_no_place_to_check(model):
+    check_place(model)
+
+
+def test_what_is_no_artifact_is_told_by_its_header(tmp_path):
+    weights(tmp_path, "model.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"\x40" + bytes(7) + b"{")
+    moe_fx.Artifact(SITES).save(tmp_path / "a.moe.safetensors")
+    found = {file.name: is_artifact(file) for file in tmp_path.iterdir()}
+    assert found == {"model.safetensors": False, "broken.safetensors": False, "a.moe.safetensors": True}
 
 
 def test_the_digest_follows_policy_threshold_and_artifact(tmp_path, path):

