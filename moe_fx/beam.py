@@ -219,6 +219,9 @@ class Recipe:
                 raise BeamError(f"{name} is {getattr(self, name)}, expected at least 1")
         if not 0 <= self.distill < math.inf:
             raise BeamError(f"distill is {self.distill}, expected a weight of at least 0")
+        for name in ("learning_rate", "model_learning_rate"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise BeamError(f"{name.replace('_', ' ')} is {getattr(self, name)}, expected a number of at least 0")
         if self.target_picks is not None and not self.target_picks > 0:
             raise BeamError(f"target picks is {self.target_picks}, expected more than 0 and at most K")
 
@@ -533,12 +536,11 @@ class _Run:
         if _HEADER not in header:
             raise BeamError(f"{path} is no checkpoint of train-beam: move it away, or name another")
         content = json.loads(header[_HEADER])
-        mine = json.loads(json.dumps(self._identity()))
-        other = [key for key in mine if content["identity"].get(key) != mine[key]]
+        other = _differences(content["identity"], json.loads(json.dumps(self._identity())))
         if content["weights"] is not None and content["weights"] != weights_sample(self.model):
-            other = list(dict.fromkeys([*other, "model"]))
+            other = list(dict.fromkeys(["model", *other]))
         if other:
-            what = ", ".join({"tokens": "text", "recipe": "settings"}.get(key, key) for key in other)
+            what = ", another ".join(other)
             raise BeamError(f"{path} is the checkpoint of a run with another {what}: delete it to begin anew, or name another")
         with torch.no_grad():
             for name, parameter in self._learned.items():
@@ -550,6 +552,14 @@ class _Run:
         state = content["state"]
         self.step, self._beta, self.history = state["step"], state["beta"], state["history"]
         self._controller = Controller(**state["controller"])
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In what two runs differ, in words."""
+    whole = [word for key, word in (("model", "model"), ("tokens", "text")) if then.get(key) != now[key]]
+    old = then.get("recipe", {})
+    changed = [key for key, value in now["recipe"].items() if old.get(key) != value]
+    return [*whole, *(f"{key.replace('_', ' ')} ({old.get(key)}, now {now['recipe'][key]})" for key in changed)]
 
 
 _HEADER = "moe_fx.train_beam"

@@ -90,6 +90,7 @@ def calibrate(
             seen = collector.tokens()
             with _own_errors():
                 compiled(*args, **kwargs)
+            collector.require_sites(model)
             collector.check_all_seen(seen)
             if checkpoint is not None and (count == done + 1 or time.monotonic() - saved > _CHECKPOINT_SECONDS):
                 collector.save(Path(checkpoint), model, count)
@@ -115,6 +116,7 @@ class _Collector:
     sites: dict[str, similarity.Site] = field(default_factory=dict)
     hidden_sizes: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)  # why a graph could not be looked into
 
     def compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """A torch.compile backend that runs the graph as it is and watches its experts."""
@@ -127,7 +129,8 @@ class _Collector:
 
         try:
             new = normalize(gm)
-        except NormalizeError:
+        except NormalizeError as error:
+            self.unread.append(str(error))
             return gm.forward
         owner = ModuleOwner()
         routings, _ = find_sites(new, owner)
@@ -278,8 +281,8 @@ class _Collector:
     def _key(self, model: nn.Module) -> list[object]:
         return [self.metric, self.folds, self.noise_seed, model_identity(model)]
 
-    def artifact(self, model: nn.Module, batches: int) -> Artifact:
-        """What was collected, as an artifact."""
+    def require_sites(self, model: nn.Module) -> None:
+        """Stop where there is nothing to sum up, or experts that cannot be run one by one."""
         problems = [p for p in dict.fromkeys(self.problems) if p not in self.sites]
         if problems:
             raise CalibrationError(
@@ -288,9 +291,15 @@ class _Collector:
                 "model.set_experts_implementation('grouped_mm') where the model has them"
             )
         if not self.sites:
+            unread = f" (a graph could not be read: {self.unread[0]})" if self.unread else ""
             raise CalibrationError(
-                f"no expert routing was found in this {type(model).__name__}: see 'moe-fx inspect' or moe_fx.explain(model, ...)"
+                f"no expert routing was found in this {type(model).__name__}{unread}: "
+                "see 'moe-fx inspect' or moe_fx.explain(model, ...)"
             )
+
+    def artifact(self, model: nn.Module, batches: int) -> Artifact:
+        """What was collected, as an artifact."""
+        self.require_sites(model)
         sites = {name: {"similarity": site.similarity(), **site.fold_tables()} for name, site in self.sites.items()}
         spreads = [s for site in self.sites.values() if (s := site.spread()) is not None]
         metadata: dict[str, object] = {

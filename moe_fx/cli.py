@@ -104,6 +104,8 @@ def _unwrapped() -> Iterator[None]:
         yield
     except torch._dynamo.exc.BackendCompilerFailed as error:
         raise error.inner_exception from None
+    except torch._dynamo.exc.InvalidBackend as error:
+        raise InputError(f"there is no such compiler: {error}") from None
 
 
 @contextmanager
@@ -623,6 +625,8 @@ def train_beam(
     _check_places(out, plot=plot)
     if freeze is not Freeze.masks_only and model_out is None:
         raise beam.BeamError(f"--freeze {freeze.value} changes the model's own weights: say with --model-out where to keep them")
+    if model_out is not None:
+        model_out.mkdir(parents=True, exist_ok=True)
     recipe = beam.Recipe(
         steps=steps, beta=beta, target_picks=target_picks, freeze=freeze.value, distill=distill, learning_rate=learning_rate,
         model_learning_rate=model_learning_rate, rows=rows, accumulate=accumulate, autocast=autocast, seed=seed,
@@ -647,8 +651,7 @@ def train_beam(
     result = Artifact(trained.artifact.sites, {**trained.artifact.metadata, **made})
     result.save(out)
     if model_out is not None:
-        net.save_pretrained(model_out)  # type: ignore[operator]
-        tokenizer.save_pretrained(model_out)
+        inputs.keep_model(net, tokenizer, model_out)
     if plot is not None:
         report.draw_training(plot, trained.history, trained.full_loss)
     last = trained.history[-1]

@@ -266,7 +266,7 @@ class Decoder:
             torch._dynamo.reset()
         self._model: Any = getattr(model, "_orig_mod", model)
         self._device = next(self._model.parameters()).device
-        self._compiled = torch.compile(self._model, dynamic=False, **compile_settings)
+        self._compiled = torch.compile(self._model, **compile_settings)
         first = torch.zeros(rows, 1, dtype=torch.int64)
         with torch.no_grad():
             self._cache = filled_cache(self._model, first.to(self._device), length)

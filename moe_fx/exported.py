@@ -78,6 +78,8 @@ def _lift(gm: fx.GraphModule, signature: Any) -> dict[str, Tensor]:
     first = next(iter(gm.graph.nodes))
     for node in gm.graph.find_nodes(op="get_attr"):
         name = str(node.target)
+        if isinstance(getattr(gm, name, None), fx.GraphModule):
+            continue  # the body of a branch
         if name not in tensors:
             tensors[name] = gm.get_buffer(name)
             with gm.graph.inserting_before(first):

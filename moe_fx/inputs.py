@@ -1,4 +1,4 @@
-"""Models and texts from a disk or a hub, for the command line."""
+"""Models and texts from a disk or a hub, and models back to a disk, for the command line."""
 
 from __future__ import annotations
 
@@ -45,6 +45,21 @@ def load_model(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[nn.
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"cannot put the model on device '{device}': {_first_line(error)}; choose another --device") from error
     return model.eval().requires_grad_(False), tokenizer
+
+
+def keep_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a model and its tokenizer, for ``load_model``.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot keep the model in {folder}: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -101,9 +116,16 @@ def _json_lines(file: Path, text: str) -> Iterator[str]:
 
 
 def tokenized(documents: Sequence[str], tokenizer: Any) -> list[Tensor]:
-    """Token ids of each document, beginning with the token that begins texts, where the tokenizer has one."""
+    """Token ids of each document, beginning with the token that begins texts, where the tokenizer has one.
+
+    Raises:
+        InputError: the tokenizer makes no token of any of them.
+    """
     begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     ids = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    if not any(ids):  # what transformers makes of a folder without a tokenizer knows no words
+        where = getattr(tokenizer, "name_or_path", "") or "the model"
+        raise InputError(f"the tokenizer of {where} makes no token of the text: are the tokenizer's files beside the model?")
     return [torch.tensor([*begin, *row], dtype=torch.int64) for row in ids]
 
 

@@ -166,15 +166,18 @@ def _writes_to_places(kind: type) -> bool:
 
 
 def _statements(kind: type) -> Iterator[ast.AST | None]:
-    """Everything that the methods of a class say, but for those of torch; None for a method whose source is not known."""
+    """Everything that the methods of a class say, but for torch's own; None for a method whose source is not known."""
+    hidden: set[str] = set()  # methods that a class before this one in the order of inheritance has in their place
     for base in kind.__mro__:
-        if base.__module__.startswith("torch.") or base is object:
-            continue
-        for function in filter(inspect.isfunction, vars(base).values()):
+        methods = {} if base.__module__.startswith("torch.") else {k: f for k, f in vars(base).items() if inspect.isfunction(f)}
+        for function in (f for name, f in methods.items() if name not in hidden):
             try:
-                yield from ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function))))
+                said: list[ast.AST | None] = [*ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function))))]
             except (OSError, TypeError, SyntaxError):
-                yield None
+                said = [None]
+            yield from said
+            calls_hidden = any(isinstance(word, ast.Name) and word.id == "super" for word in said)
+            hidden |= set() if calls_hidden else {function.__name__}
 
 
 def _is_write_to_places(statement: ast.AST | None) -> bool:

@@ -455,7 +455,10 @@ def _artifact(policy: Policy) -> Artifact | None:
         raise PolicyError(f"{who}'s artifact must be a moe_fx.Artifact, a path or None, but got {_show(given)}")
     artifact = given if isinstance(given, Artifact) else Artifact.load(given)
     if policy.kind not in artifact.kinds:
-        raise PolicyError(f"{who} reads {policy.kind} from its artifact, but it has only {_listed(artifact.kinds)}")
+        remedy = "'moe-fx train-beam'" if policy.kind == BEAM.kind else "'moe-fx calibrate'"
+        raise PolicyError(
+            f"{who} reads {policy.kind} from its artifact, but it has only {_listed(artifact.kinds)}: make one with {remedy}"
+        )
     return artifact
 
 

@@ -79,9 +79,13 @@ def find_sites(gm: fx.GraphModule, owner: Owner | None = None) -> tuple[list[Rou
             result = _examine(selection, router, weights, owner, root)
         if result is not None:
             (found if isinstance(result, Routing) else skips).append(result)  # type: ignore[arg-type]
-    unread = (_examine_unknown(s, weights, f"how it selects ({op(s.node)}) is not known") for s in unreadable(gm.graph))
+    unread = (_examine_unknown(s, weights, _WHY_UNREAD.get(op(s.node), _HOW.format(op(s.node)))) for s in unreadable(gm.graph))
     masks = (_examine_threshold(s, weights) for s in thresholds(gm.graph))
     return _distinct_names(found), [*skips, *(s for s in (*unread, *masks) if s is not None)]
+
+
+_HOW = "how it selects ({}) is not known"
+_WHY_UNREAD = {"topk": "how many it selects is no constant of the graph"}
 
 
 def _name(selection: Selection) -> str:
@@ -109,7 +113,7 @@ def _examine_unknown(selection: Selection, weights: Weights, reason: str) -> Ski
     scores = selection.scores
     proof = prove_experts(selection, Router(scores, scores, scores, num_experts, 0), weights)
     if proof.at is None:
-        alone = proof.leaves_graph and selection.k > 1 and num_experts <= _MOST_EXPERTS and _enters_from_outside(scores, weights)
+        alone = proof.leaves_graph and selection.k > 1 and num_experts <= _MOST_EXPERTS and _enters_from_outside(scores)
         return Skip(_name(selection), _ALONE) if alone else None
     return Skip(_name(selection), reason, routing=True)
 
@@ -122,12 +126,12 @@ _ALONE = (
 )
 
 
-def _enters_from_outside(scores: Node, weights: Weights) -> bool:
+def _enters_from_outside(scores: Node) -> bool:
     """Whether scores are, but for score-wise ops, an input of the graph."""
     node: Node | None = scores
     while node is not None and op(node) in SCORE_WISE:
         node = next((i for i in node.all_input_nodes if is_float(i)), None)
-    return node is not None and node.op == "placeholder" and node not in weights
+    return node is not None and node.op == "placeholder" and not g.is_parameter(node)
 
 
 def _looked_up_stack(ids: Node, weights: Weights) -> Node | None:
@@ -192,13 +196,25 @@ def _weight_path(weight: Node) -> str:
 
 
 def _distinct_names(found: list[Routing]) -> list[Routing]:
-    """Two routers in one block are told apart by their own modules' paths; one router run twice is one site."""
+    """Two sites in one block are told apart by their routers' own modules, or by their experts'.
+
+    One router before the same experts, run twice, is one site.
+    """
     by_name: dict[str, list[Routing]] = {}
     for routing in found:
         by_name.setdefault(routing.site.name, []).append(routing)
-    return [_renamed(r) if len({o.router.weight for o in by_name[r.site.name]}) > 1 else r for r in found]
+    return [_renamed(routing, by_name[routing.site.name]) for routing in found]
 
 
-def _renamed(routing: Routing) -> Routing:
-    name = module_path(routing.selection.node) or g.parent(_weight_path(routing.router.weight), 1)
+def _renamed(routing: Routing, namesakes: list[Routing]) -> Routing:
+    name = routing.site.name
+    if len({o.router.weight for o in namesakes}) > 1:
+        name = module_path(routing.selection.node) or g.parent(_weight_path(routing.router.weight), 1)
+    elif len({_experts_path(o) for o in namesakes}) > 1:  # layers that share a router
+        blocks = {g.parent(_experts_path(o), 1) for o in namesakes}
+        name = g.parent(_experts_path(routing), 1) if len(blocks) == len(namesakes) else _experts_path(routing)
     return replace(routing, site=replace(routing.site, name=name))
+
+
+def _experts_path(routing: Routing) -> str:
+    return (module_path(routing.experts) if routing.experts is not None else None) or ""

@@ -148,6 +148,8 @@ def is_expert_stack(node: Node, router: Router, weights: Weights) -> bool:
     node = _whole_of_slice(node, router) or node
     while op(node) in g.LAYOUT | g.CASTS | {"index", "index_select", "embedding", "mul"} and node not in weights:
         node = node.all_input_nodes[0]
+    while node in weights and op(node) in g.RESHAPES and size(node, 0) == size(node.all_input_nodes[0], 0):
+        node = node.all_input_nodes[0]  # matrices written as rows
     return node in weights and rank(node) >= 3 and _stack_fits(size(node, 0), router.num_experts)
 
 

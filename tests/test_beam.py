@@ -558,6 +558,7 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(tmp
         ({"target_picks": 3.5}, "target picks is 3.5, but the model picks K = 3 experts"),
         ({"freeze": "all"}, "freeze is 'all', expected one of masks-only, router, none"),
         ({"distill": -1.0}, "distill is -1.0"),
+        ({"learning_rate": -1.0}, "learning rate is -1.0, expected a number of at least 0"),
         ({"rows": 0}, "rows is 0"),
         ({"rows": 13}, r"tokens are \[12, 8\], expected \[at least 13 rows"),
     ],
@@ -593,7 +594,7 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
         (other, text(), RECIPE, "another model"),
         (net("mixtral"), text(), RECIPE, "another model"),
         (net(), text(10), RECIPE, "another text"),
-        (net(), text(), Recipe(**{**RECIPE.__dict__, "beta": 1.0}), "another settings"),
+        (net(), text(), dataclasses.replace(RECIPE, beta=1.0, seed=3), r"another beta \(2.0, now 1.0\), another seed"),
     ]
     for model, rows, recipe, words in cases:
         with pytest.raises(BeamError, match=f"is the checkpoint of a run with {words}"):
@@ -703,7 +704,7 @@ def test_the_command_refuses_a_checkpoint_of_another_run(folder: Path, tmp_path:
     assert run(*options(folder, out, steps=2)).exit_code == 0
     result = run(*options(folder, out, beta=7), "--json")
     assert result.exit_code == 1
-    assert "is the checkpoint of a run with another settings" in json.loads(result.stdout)["error"]
+    assert "is the checkpoint of a run with another beta (0.1, now 7.0): delete it" in json.loads(result.stdout)["error"]
     assert run(*options(folder, out, beta=7), "--fresh").exit_code == 0
 
 
@@ -713,6 +714,18 @@ def test_the_command_refuses_an_artifact_of_another_model(folder: Path, tmp_path
     result = run(*options(folder, tmp_path / "o.safetensors", init=renamed), "--json")
     assert result.exit_code == 1
     assert "does not fit" in json.loads(result.stdout)["error"]
+
+
+def test_a_model_that_cannot_be_kept_is_told_and_its_masks_are_not_lost(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.safetensors"
+    given = options(folder, out, steps=2, freeze="none", **{"model-out": tmp_path / "tuned"})
+    with mock.patch("transformers.PreTrainedModel.save_pretrained", side_effect=OSError(28, "No space left on device")):
+        result = run(*given, "--json")
+    assert result.exit_code == 1
+    assert f"cannot keep the model in {tmp_path / 'tuned'}: [Errno 28] No space left" in json.loads(result.stdout)["error"]
+    assert moe_fx.Artifact.load(out).kinds == ("mask_router",)
+    assert run(*given, "--json").exit_code == 0, "the checkpoint holds the model, too"
+    assert (tmp_path / "tuned" / "model.safetensors").is_file()
 
 
 def test_the_command_keeps_the_model_where_it_learns(folder: Path, tmp_path: Path) -> None:

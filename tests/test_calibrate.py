@@ -18,6 +18,7 @@ import moe_fx
 import tiny
 from moe_fx import similarity
 from moe_fx.calibrate import CalibrationError
+from moe_fx.passes.normalize import NormalizeError
 
 
 @pytest.fixture(autouse=True)
@@ -167,9 +168,22 @@ def test_a_model_without_experts() -> None:
         moe_fx.calibrate(nn.Linear(4, 4), [torch.randn(2, 4)])
 
 
-def test_experts_that_do_not_trace_say_what_to_do() -> None:
+def test_experts_that_do_not_trace_say_what_to_do_after_one_batch(tmp_path: Path) -> None:
+    def batches() -> Iterator[dict[str, Any]]:
+        yield tiny.tokens()
+        raise AssertionError("the first batch tells that the others are in vain")
+
     with pytest.raises(CalibrationError, match="set_experts_implementation"):
-        moe_fx.calibrate(tiny.build("qwen3_moe", "eager"), [tiny.tokens()])
+        moe_fx.calibrate(tiny.build("qwen3_moe", "eager"), batches(), checkpoint=tmp_path / "partial")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_that_cannot_be_read_says_why() -> None:
+    with (
+        mock.patch("moe_fx.passes.normalize.normalize", side_effect=NormalizeError("a scan")),
+        pytest.raises(CalibrationError, match=r"was found in this SoftmaxThenTopK \(a graph could not be read: a scan\)"),
+    ):
+        moe_fx.calibrate(layers.SoftmaxThenTopK(), [torch.randn(4, layers.H)])
 
 
 def published(outputs: Tensor, metric: str) -> Tensor:

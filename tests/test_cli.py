@@ -167,6 +167,9 @@ def test_wrong_use(folder: Path) -> None:
         "unknown policy 'seer'": ("eval", model, "--data", data, "--policy", "seer"),
         "key=value is expected": ("eval", model, "--data", data, "--policy", "top_p:0.5"),
         "--plot draws similarities": ("inspect", model, "--plot", folder / "x.png"),
+        "there is no such compiler": ("bench", model, "--batch", 2, "--length", 16, "--turns", 2, "--inner", "none"),
+        "unknown inner compiler 'none'": ("eval", model, "--data", data, "--batch", 2, "--context", 4, "--inner", "none"),
+        "make one with 'moe-fx train-beam'": ("eval", model, "--data", data, "--artifact", artifact, "--policy", "beam"),
         "documents are decoded together": (),
     }
     for words, arguments in cases.items():
@@ -241,6 +244,10 @@ def test_models_that_cannot_be_loaded(folder: Path, tmp_path: Path) -> None:
         assert result.exit_code == 1
         assert f"cannot load model '{path}'" in json.loads(result.stdout)["error"]
         assert words in json.loads(result.stdout)["error"]
+    shutil.copytree(folder / "model", tmp_path / "wordless", ignore=shutil.ignore_patterns("tokenizer*"))
+    result = run("calibrate", tmp_path / "wordless", "--data", folder / "data.jsonl", "--out", tmp_path / "o", "--json")
+    assert result.exit_code == 1
+    assert "tokenizer" in json.loads(result.stdout)["error"]
     result = run("inspect", folder / "model", "--device", "no_such_device", "--json")
     assert "cannot put the model on device 'no_such_device'" in json.loads(result.stdout)["error"]
 

@@ -108,3 +108,23 @@ def test_what_routes_nothing_is_left_alone() -> None:
 def test_training_masks_is_refused(exported: tuple[str, Logits, Any]) -> None:
     with pytest.raises(moe_fx.PolicyError, match="cannot train in an exported program"):
         moe_fx.rewrite_exported(exported[2], moe_fx.BEAM(train=True))
+
+
+@pytest.mark.parametrize("routes", [True, False])
+def test_a_branch_stays_as_it_is_and_routing_in_it_is_a_skip(routes: bool) -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.taken = layers.SortThenSlice() if routes else nn.Linear(layers.H, layers.H)
+            self.after = layers.SoftmaxThenTopK()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.after(torch.cond(x.mean() > 0, lambda y: self.taken(y), lambda y: y * 1, (x,)))
+
+    module, report = Branch().eval(), Report()
+    x = torch.randn(4, layers.H).abs()
+    with torch.no_grad():
+        new = moe_fx.rewrite_exported(torch.export.export(module, (x,)), fuse_experts=True, report=report)
+        torch.testing.assert_close(new.module()(x), module(x), **tolerance(torch.float32))
+    assert [s.name for s in report.sites] == ["after"]
+    assert ["body of cond" in s.reason for s in report.skips] == [True] * routes

@@ -310,6 +310,85 @@ def test_a_layer_in_the_root_is_named_after_the_root_however_deep_its_router() -
     assert [s.name for s in moe_fx.explain(Deep(), torch.randn(T, H)).sites] == [""]
 
 
+class Shared(torch.nn.Module):
+    """A router of its own for all layers."""
+
+    class Router(torch.nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            weights, ids = super().forward(x).softmax(-1).topk(layers.K)
+            return ids, weights
+
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = layers.Layer()
+
+        def forward(self, x: Tensor, router: torch.nn.Module) -> Tensor:
+            return x + self.experts.run(x, *router(x))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = self.Router(H, E, bias=False)
+        self.layers = torch.nn.ModuleList([self.Block(), self.Block()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, self.router)
+        return x
+
+
+def test_layers_that_share_a_router_are_sites_of_their_own() -> None:
+    model, x = Shared().eval(), torch.randn(T, H)
+    names = [s.name for s in moe_fx.explain(model, x).sites]
+    assert len(set(names)) == 2
+    assert all(f"layers.{i}" in name for i, name in enumerate(names))
+
+
+class Broken(layers.Layer):
+    """The graph breaks before and behind the choice, so that it stands alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x).softmax(-1)
+        torch._dynamo.graph_break()
+        weights, ids = scores.topk(layers.K)
+        weights = weights / weights.sum(-1, keepdim=True)
+        torch._dynamo.graph_break()
+        return self.run(x, ids, weights)
+
+
+class Words(layers.Layer):
+    """The likeliest words: nothing that could be experts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = x.repeat(1, 128)
+        torch._dynamo.graph_break()
+        return scores.topk(layers.K).indices * 1
+
+
+@pytest.mark.parametrize(("cls", "skips"), [(Broken, 1), (Words, 0)])
+def test_a_choice_of_which_the_graph_tells_nothing_is_a_skip(cls: type[layers.Layer], skips: int) -> None:
+    layer, x, _ = make(cls)
+    with torch.no_grad():
+        report = moe_fx.explain(layer, x)
+    assert report.sites == []
+    assert ["TORCH_LOGS=graph_breaks" in s.reason and not s.routing for s in report.skips] == [True] * skips
+
+
+def test_a_number_of_picks_that_is_no_constant_is_a_skip() -> None:
+    class Given(layers.Layer):
+        def forward(self, x: Tensor, k: int) -> Tensor:
+            weights, ids = self.router(x).softmax(-1).topk(k)
+            return self.run(x, ids, weights)
+
+    layer, x, _ = make(Given)
+    with torch.no_grad():
+        got = torch.compile(layer, backend="moe_sparse", options={"inner": "eager"}, dynamic=True)(x, 2)
+        torch.testing.assert_close(got, layer(x, 2))
+    (skip,) = moe_fx.last_report().skips
+    assert skip.routing
+    assert "no constant of the graph" in skip.reason
+
+
 def test_one_layer_run_twice_is_one_site() -> None:
     class Shared(torch.nn.Module):
         def __init__(self) -> None:

@@ -429,6 +429,14 @@ class FloatIds(Layer):
         return self.run(x, ids.float().long(), weights)
 
 
+class RowsOfMatrices(Layer):
+    """The experts' matrices are looked up as rows of a table."""
+
+    def run(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        up, down = (F.embedding(ids, w.flatten(1)).view(*ids.shape, *w.shape[1:]) for w in (self.up, self.down))
+        return torch.einsum("tki,tkih,tk->th", F.silu(torch.einsum("th,tkhi->tki", x, up)), down, weights)
+
+
 class SelectsMore(Layer):
     """More are selected than are used."""
 
@@ -493,7 +501,8 @@ ROUTES: dict[type[Layer], int] = {
     BestAsMatrix: 1, SortedIds: K, ReshapedOnTheWay: K, EveryExpertAsMatrix: E, FlatMatrix: K,
     IdsLaidOutLikeWeights: K, TransposedRouter: K, TransposedEinsum: K, ChannelsFirst: K, TransposedBest: 1,
     MatrixByColumns: K, MatrixUnbound: K, StackedOutputs: K, StackedOutputsIndexed: K, MaskedLogits: K, MaskedLogitsWhere: K,
-    MaskedScores: K, PutAtPlaces: K, FloatIds: K, SelectsMore: K, NormalisedFlat: K, DoubleRouter: K, TwoOpinions: K,
+    MaskedScores: K, PutAtPlaces: K, FloatIds: K, RowsOfMatrices: K, SelectsMore: K, NormalisedFlat: K, DoubleRouter: K,
+    TwoOpinions: K,
 }  # fmt: skip
 
 
