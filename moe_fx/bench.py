@@ -135,7 +135,7 @@ def _compiled(model: nn.Module, policies: Sequence[Policy] | None, inner: str) -
 
 def _active(model: nn.Module, policies: Sequence[Policy] | None, tokens: Tensor, whole: bool = False) -> float:
     """Mean distinct experts per layer, counted outside what is timed."""
-    options: dict[str, Any] = {"policy": list(policies or [TopK()]), "inner": "eager", "stats": True}
+    options: dict[str, Any] = {"policy": list(policies or [TopK()]), "inner": "eager", "stats": True, "strict": True}
     if whole:
         torch._dynamo.reset()
         reset_stats()

@@ -462,8 +462,9 @@ def _define_baselines(library: torch.library.Library) -> None:
         )
 
 
-# The registrations live as long as their Library.  A second import of this module must not define the ops again; the
-# first module's functions, which the dispatcher holds, keep this list alive.
-_LIBRARIES: list[torch.library.Library] = []
+# The registrations live as long as their Library.  A second import of this module must not define the ops again, nor a
+# reload let the Library go: who holds an op would hold freed memory.  The functions, which the dispatcher holds, keep
+# the first module's list alive.
 if not hasattr(torch.ops.moe_fx, "sere_reroute"):
+    _LIBRARIES: list[torch.library.Library] = []
     _define_all()

@@ -186,9 +186,14 @@ def _untouched(gm: fx.GraphModule, report: Report, skips: list[Skip], before: Co
 
 
 def _be_strict(settings: Settings, skips: list[Skip]) -> None:
-    left = [s for s in skips if s.routing]
+    left: dict[str, list[str]] = {}
+    for skip in skips:
+        if skip.routing:
+            left.setdefault(skip.reason, []).append(skip.name)
     if settings.strict and left:
-        raise UnrewrittenError("strict: " + "; ".join(f"'{s.name}' was left alone: {s.reason}" for s in left))
+        more = {why: f" and {len(names) - 1} more" if len(names) > 1 else "" for why, names in left.items()}
+        told = [f"'{names[0]}'{more[why]} left alone: {why}" for why, names in left.items()]
+        raise UnrewrittenError("strict: " + "; ".join(told))
 
 
 def _sites(routing: Routing, layers: Layers, settings: Settings, experts: str) -> list[Site]:

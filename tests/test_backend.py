@@ -154,6 +154,13 @@ def test_a_site_missing_from_the_artifact_rewrites_no_site_at_all() -> None:
     assert reached == []
 
 
+def test_strict_tells_a_reason_once_for_all_its_sites() -> None:
+    options = {"policy": moe_fx.BEAM(), "strict": True}
+    with pytest.raises(Exception, match=r"strict: '0' and 2 more left alone: .*capacity") as caught:
+        compile_and_run(options, nn.Sequential(*(layers.Capacity() for _ in range(3))))
+    assert str(caught.value).count("left alone") == 1
+
+
 def test_a_model_without_experts_goes_through_untouched_and_the_report_says_so() -> None:
     model = nn.Sequential(nn.Linear(H, H), nn.ReLU())
     policy = moe_fx.SERE(artifact())
