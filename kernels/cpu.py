@@ -103,7 +103,7 @@ def sere_reroute(
 def beam_mask(topk_weights: Tensor, topk_ids: Tensor, mask_logits: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     """See ``reference.beam_mask``."""
     num_tokens, num_masked = mask_logits.shape
-    if np is None or num_tokens == 0:
+    if np is None or topk_ids.numel() == 0:
         weights, new_ids = reference.beam_mask(topk_weights, topk_ids, mask_logits, tau)
         return weights.contiguous(), new_ids.contiguous()
     ids = topk_ids.numpy()  # [T, K]

@@ -15,7 +15,9 @@ active), two threads of a Zen 5 whose other two cores were at work too, where co
   four rows, whose products are taken together where the weight lies.  A tile of an expert's weights that has come from
   memory meets all of the expert's blocks before the next one comes.  Rows of a block that no longer fit into the first
   cache (four of 4096 in float32) made it slower than the loop, so wide ones come in blocks of two and change to the loop
-  earlier.  Compiling takes a few seconds for each size of block, once: Inductor keeps the code on disk.
+  earlier.  In a decode step everything but the weights counts, too: Python and its data have to come from memory again
+  after every layer, and what takes 40 us in a tight loop takes 200.  Compiling takes a few seconds for each size of
+  block, once: Inductor keeps the code on disk.
 * Otherwise there is a loop over experts, whose results go into memory that is used again: with a new result for
   every product 512 tokens took 36 ms, and so 26.
 * What did not pay: blocks of more rows, two or four columns at once, rows in bfloat16 or in parts of their width,
@@ -24,6 +26,7 @@ active), two threads of a Zen 5 whose other two cores were at work too, where co
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -36,7 +39,7 @@ from torch import Tensor
 from moe_fx.kernels import reference
 from moe_fx.kernels.cpu import np
 
-ROWS_IN_BLOCK = (4, 2)  # of narrow, of wide rows; two, too, where no expert has more
+ROWS_IN_BLOCK = (4, 2)  # of narrow, of wide rows; fewer where no expert has more than two
 MOST_ROWS_COMPILED = (12, 3)  # of an active expert, on average: the loop serves more
 BYTES_OF_NARROW_ROWS = 2**15  # of four in float32: what stays in the first cache beside the weights that pass through
 LEAST_BYTES_COMPILED = 2**15  # of one expert's gate and up weights: below (not measured) the loop
@@ -129,13 +132,28 @@ def _chunked(rows: list[Tensor]) -> Tensor:
     return torch.stack([row.unflatten(1, (-1, chunk)).float() for row in rows], 2)
 
 
-def _products(x: Tensor, weights: Tensor, bias: Tensor | None, steps: Tensor, block_to_step: Tensor) -> list[Tensor]:
+def _steps(runs: Tensor, tiles: int) -> tuple[Tensor, Tensor]:
+    """The order in which blocks meet tiles of weights: expert, tile and block of every step [P, 3], P being B * tiles,
+    and the step [B, tiles] of a block and a tile.
+
+    A tile comes from memory for the first block of its expert.  The others follow at once, and find it in a cache.
+    """
+    block, tile = torch.arange(runs.shape[0], device=runs.device), torch.arange(tiles, device=runs.device)
+    _, first, blocks = runs.unbind(1)
+    step_of = (first * tiles + block - first)[:, None] + tile * blocks[:, None]
+    step = torch.arange(runs.shape[0] * tiles, device=runs.device)
+    expert, first, blocks = torch.ops.aten._unsafe_index.Tensor(runs, [step // tiles]).unbind(1)
+    step = step - first * tiles
+    return torch.stack((expert, step // blocks, first + step % blocks), 1), step_of
+
+
+def _products(x: Tensor, weights: Tensor, bias: Tensor | None, steps: Tensor, step_of: Tensor) -> list[Tensor]:
     """The rows of x, as ``_chunked`` leaves them, times their block's expert's weight [N, H]: S times [B, N], float32.
 
     Compiled, these sums are one loop over steps, which loads a weight once, and nothing of [P, N / tiles, H] exists.
     """
     gather = torch.ops.aten._unsafe_index.Tensor  # without a check in the innermost loop
-    tiles = block_to_step.shape[1]
+    tiles = step_of.shape[1]
     expert, tile, block = steps.unbind(1)
     weights_of_step = gather(weights.unflatten(1, (tiles, -1)), [expert, tile])  # [P, N / tiles, H]
     weights_of_step = weights_of_step.unflatten(2, (-1, x.shape[3])).float()
@@ -143,20 +161,21 @@ def _products(x: Tensor, weights: Tensor, bias: Tensor | None, steps: Tensor, bl
     sums = [(weights_of_step * rows_of_step[:, None, :, s]).sum((-1, -2)) for s in range(x.shape[2])]
     if bias is not None:
         sums = [row + gather(bias.unflatten(1, (tiles, -1)), [expert, tile]).float() for row in sums]
-    return [gather(row, [block_to_step]).flatten(1) for row in sums]
+    return [gather(row, [step_of]).flatten(1) for row in sums]
 
 
 def _mixture(
-    act: tuple[Any, ...], has_biases: tuple[bool, bool], hidden: Tensor, topk_weights: Tensor, pick_to_place: Tensor,
-    block_to_token: Tensor, steps: Tensor, block_to_step: Tensor, w_gate_up: Tensor, w_down: Tensor, *biases: Tensor,
+    act: tuple[Any, ...], has_biases: tuple[bool, bool], tiles: int, hidden: Tensor, topk_weights: Tensor,
+    pick_to_place: Tensor, block_to_token: Tensor, runs: Tensor, w_gate_up: Tensor, w_down: Tensor, *biases: Tensor,
 ) -> Tensor:  # fmt: skip
-    """[T, H], [T, K], [T, K] and the tables of ``Blocks`` -> [T, N]: the weighted sum of every token's experts."""
+    """[T, H], [T, K] and the tensors of ``Blocks`` -> [T, N]: the weighted sum of every token's experts."""
     b_gate_up, b_down = biases[0] if has_biases[0] else None, biases[-1] if has_biases[1] else None
     gather = torch.ops.aten._unsafe_index.Tensor
     x = _chunked([gather(hidden, [token]) for token in block_to_token.unbind(1)])
-    gate_up = _products(x, w_gate_up, b_gate_up, steps, block_to_step)
+    steps = _steps(runs, tiles)
+    gate_up = _products(x, w_gate_up, b_gate_up, *steps)
     inner = _chunked([reference.activate_gate_up(row.to(hidden.dtype), *act) for row in gate_up])
-    outputs = _products(inner, w_down, b_down, steps, block_to_step)
+    outputs = _products(inner, w_down, b_down, *steps)
     return _sum_of_picks(torch.stack(outputs, 1).flatten(0, 1).to(hidden.dtype), pick_to_place, topk_weights)
 
 
@@ -224,91 +243,106 @@ def _call(
     kinds = [(t.dtype, t.shape[1:]) for t in per_call] + [(t.dtype, t.shape, t.stride()) for t in fixed]
     key = function.__name__, settings, torch.get_num_threads(), *kinds
     if key not in _compiled:
-        try:
-            _compiled[key] = _compile(lambda *tensors: function(*settings, *tensors), per_call, fixed)
-        except Exception as error:  # whatever stands in the compiler's way, there is another way to the same result
-            if None not in _compiled.values():
-                warnings.warn(f"fused_experts is slower than it could be: Inductor failed with {error!r:.300}", stacklevel=2)
-            _compiled[key] = None
+        from torch._dynamo.convert_frame import compile_lock  # tracing patches torch for all threads of the process
+
+        with compile_lock:
+            if key not in _compiled:
+                _compiled[key] = _compiled_or_none(lambda *tensors: function(*settings, *tensors), per_call, fixed)
     compiled = _compiled[key]
     return None if compiled is None else compiled(*per_call, *fixed)
 
 
+def _compiled_or_none(
+    function: Callable[..., Tensor], per_call: Sequence[Tensor], fixed: Sequence[Tensor]
+) -> Callable[..., Tensor] | None:
+    try:
+        return _compile(function, per_call, fixed)
+    except Exception as error:  # whatever stands in the compiler's way, there is another way to the same result
+        if None not in _compiled.values():
+            warnings.warn(f"fused_experts is slower than it could be: Inductor failed with {error!r:.300}", stacklevel=3)
+        return None
+
+
 @dataclass(frozen=True)
 class Blocks:
-    """Rows in blocks of S, each of one expert, and the steps in which blocks meet tiles of its weights.
-
-    A tile comes from memory for the first block of its expert.  The others follow at once, and find it in a cache.
+    """The picks that are on, as rows in blocks of S, each block of one expert.
 
     Attributes:
-        block_to_row: [B, S] int64; an expert's last block repeats its last row.
-        steps: [P, 3] int64: expert, tile and block, P being B * tiles.
-        block_to_step: [B, tiles] int64.
+        block_to_token: [B, S] int64: the tokens of a block's rows; an expert's last block repeats its last.
+        runs: [B, 3] int64: a block's expert, that expert's first block, and how many blocks it has.
+        pick_to_place: [T, K] int64, the pick's row among the B * S, -1 where it is off; two picks of a token on one
+            expert share a row.
     """
 
-    block_to_row: Any
-    steps: Any
-    block_to_step: Any
+    block_to_token: Tensor
+    runs: Tensor
+    pick_to_place: Tensor
 
 
-def in_blocks(runs: Any, size: int, tiles: int) -> Blocks:
-    """The rows of ``Rows.runs`` in blocks of ``size``."""
-    expert, start, stop = runs.T
-    blocks = (stop - start + size - 1) // size
-    run = np.arange(len(runs)).repeat(blocks)  # of a block
-    before = (blocks.cumsum() - blocks)[run]  # blocks of the runs before
-    number = np.arange(len(run)) - before  # of the block in its run
-    row = np.minimum((start[run] + number * size)[:, None] + np.arange(size), stop[run][:, None] - 1)
-    step = (before * tiles + number)[:, None] + np.arange(tiles) * blocks[run][:, None]
-    order = np.empty(step.size, np.int64)
-    order[step.ravel()] = np.arange(step.size)
-    block, tile = np.divmod(order, tiles)
-    return Blocks(row, np.stack((expert[run][block], tile, block), 1), step)
+def in_blocks(topk_ids: Tensor, num_experts: int, largest: int, most_rows: int) -> Blocks | None:
+    """The picks [T, K] in blocks of one, two or ``largest`` rows; None where active experts have more than ``most_rows`` on
+    average.
 
-
-Tables = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def _tables(rows: Rows, rows_in_block: int, tiles: int) -> Tables:
-    """What ``_mixture`` needs: pick_to_place, block_to_token, steps and block_to_step."""
-    longest = int((rows.runs[:, 2] - rows.runs[:, 1]).max())
-    blocks = in_blocks(rows.runs, 2 if longest <= 2 else rows_in_block, tiles)
-    row_to_place = np.full(len(rows.row_to_token) + 1, -1)  # the last, -1, is for picks that are off
-    row_to_place[blocks.block_to_row.ravel()] = np.arange(blocks.block_to_row.size)  # of a row that was repeated any will do
-    tables = row_to_place[rows.pick_to_row], rows.row_to_token[blocks.block_to_row], blocks.steps, blocks.block_to_step
-    pick_to_place, block_to_token, steps, block_to_step = map(torch.from_numpy, tables)
-    return pick_to_place, block_to_token, steps, block_to_step
-
-
-def _tables_of_one_token(topk_ids: Tensor, num_experts: int) -> Tables | None:
-    """The same for one token, with a whole weight as a tile; None where every pick is off.
-
-    NumPy's calls would take a fifth of the time when other work has emptied the caches.
+    In plain Python: for the picks of a decode step it takes half the time of NumPy's calls, whose code has to come from
+    memory every time, since the weights of a layer have emptied the caches.
     """
-    ids = topk_ids[0].tolist()
-    place = {expert: n for n, expert in enumerate(dict.fromkeys(e for e in ids if 0 <= e < num_experts))}
-    if not place:
+    most_picks = 4 * most_rows * num_experts  # more than rows: a token's picks may have moved to one expert
+    if topk_ids.numel() > most_picks and int((topk_ids >= 0).sum()) > most_picks:
         return None
-    block_to_step = torch.arange(len(place))[:, None]
-    steps = torch.tensor([(expert, 0, n) for expert, n in place.items()])
-    return torch.tensor([[place.get(e, -1) for e in ids]]), torch.zeros_like(block_to_step), steps, block_to_step
+    picks = topk_ids.tolist()
+    tokens_of, row_of_pick = _by_expert(picks, num_experts)
+    rows = [len(tokens) for tokens in tokens_of.values()]
+    if sum(rows) > most_rows * len(rows):
+        return None
+    size = max(rows, default=1)
+    size = size if size <= 2 else largest
+    first_place: dict[int, int] = {}
+    block_to_token: list[int] = []
+    runs: list[int] = []
+    for expert, tokens in sorted(tokens_of.items()):
+        first, blocks = len(block_to_token) // size, -(-len(tokens) // size)
+        first_place[expert] = first * size
+        block_to_token += tokens + tokens[-1:] * (blocks * size - len(tokens))
+        runs += (expert, first, blocks) * blocks
+    experts = itertools.chain.from_iterable(picks)
+    places = [-1 if row < 0 else first_place[expert] + row for expert, row in zip(experts, row_of_pick, strict=True)]
+    return Blocks(_int64(block_to_token, (-1, size)), _int64(runs, (-1, 3)), _int64(places, topk_ids.shape))
+
+
+def _by_expert(picks: list[list[int]], num_experts: int) -> tuple[dict[int, list[int]], list[int]]:
+    """The tokens of every active expert, and which of them every pick is, -1 where it is off."""
+    tokens_of: dict[int, list[int]] = {}
+    row_of_pick = []
+    for token, experts in enumerate(picks):
+        for expert in experts:
+            if not 0 <= expert < num_experts:
+                row_of_pick.append(-1)
+                continue
+            tokens = tokens_of.get(expert)
+            if tokens is None:
+                tokens = tokens_of[expert] = [token]
+            elif tokens[-1] != token:
+                tokens.append(token)
+            row_of_pick.append(len(tokens) - 1)
+    return tokens_of, row_of_pick
+
+
+def _int64(values: list[int], shape: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device="cpu").view(shape)
 
 
 def _compiled_mixture(layer: Layer, hidden: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor | None:
     """The result by one compiled function; None where none can be had, or a loop over the experts serves better."""
     if not layer.is_compiled:
         return None
-    num_experts = len(layer.w_down)
-    if len(hidden) == 1:
-        tables = _tables_of_one_token(topk_ids, num_experts)
-    else:
-        rows = sort_picks(topk_ids, num_experts)
-        if rows is not None and len(rows.row_to_token) > MOST_ROWS_COMPILED[layer.is_wide] * len(rows.runs):
-            return None
-        tables = None if rows is None else _tables(rows, ROWS_IN_BLOCK[layer.is_wide], layer.tiles)
-    if tables is None:
+    blocks = in_blocks(topk_ids, len(layer.w_down), ROWS_IN_BLOCK[layer.is_wide], MOST_ROWS_COMPILED[layer.is_wide])
+    if blocks is None:
+        return None
+    if len(blocks.runs) == 0:
         return hidden.new_zeros(len(hidden), layer.w_down.shape[1])
-    return _call(_mixture, layer.settings, (hidden, topk_weights, *tables), layer.parameters)
+    tables = blocks.pick_to_place, blocks.block_to_token, blocks.runs
+    tiles = 1 if len(hidden) == 1 else layer.tiles
+    return _call(_mixture, (*layer.settings, tiles), (hidden, topk_weights, *tables), layer.parameters)
 
 
 def _looped(layer: Layer, hidden: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:

@@ -130,6 +130,16 @@ class Masked(nn.Module):
         """The model's own."""
         self.model.gradient_checkpointing_disable()  # type: ignore[operator]
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Masked:
+        """As any module's ``to`` and ``half``, but masks stay float32: in fewer bits they would not learn in small steps."""
+        before = {key: mask.data for key, mask in self.masks.items()}
+        super()._apply(fn, recurse)
+        for key, mask in self.masks.items():
+            if mask.dtype != before[key].dtype:
+                mask.data = before[key].to(mask.device)
+                mask.grad = None if mask.grad is None else mask.grad.to(mask.dtype)
+        return self
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As any module's, but tied weights are copied for their second name: HF's Trainer saves no two that share memory."""
         held, places = super().state_dict(*args, **kwargs), set()

@@ -40,6 +40,7 @@ from moe_fx.tune import Limit, TuneError, tune
 _EXPECTED = (InputError, ArtifactError, CalibrationError, EvaluationError, TuneError, PolicyError, OptionError, UnrewrittenError,
              beam.BeamError)  # fmt: skip
 _RESAMPLES = 1000  # tell a standard error to 2%; lm-eval's own 100,000 take longer than a small task
+_LARGEST_SEED = 2**32 - 1
 _STABLE_SPREAD = 0.02  # the standard error of a similarity above which more tokens are advised
 
 app = typer.Typer(help="Know and tune your Mixture-of-Experts model.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -178,7 +179,7 @@ def calibrate(
     length: Annotated[int, typer.Option(min=2, help="Tokens of one text.")] = 128,
     rows: Annotated[int, typer.Option(min=1, help="Texts in one batch; the product with --length bounds the memory.")] = 4,
     folds: Annotated[bool, typer.Option(help="Also measure what the baselines ExFold and StaticPrune need.")] = True,
-    seed: Annotated[int, typer.Option(help="Which texts are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="Which texts are drawn.")] = 0,
     device: Device = "cpu",
     dtype: DType = "auto",
     as_json: AsJson = False,
@@ -611,7 +612,7 @@ def train_beam(
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew, even where there is a checkpoint.")] = False,
     checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")] = False,
     autocast: Annotated[bool, typer.Option("--autocast", help="Forwards in bfloat16 autocast.")] = False,
-    seed: Annotated[int, typer.Option(help="The order of the texts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="The order of the texts.")] = 0,
     plot: Plot = None,
     inner: Inner = "eager",
     device: Device = "cpu",
@@ -626,6 +627,8 @@ def train_beam(
     if freeze is not Freeze.masks_only and model_out is None:
         raise beam.BeamError(f"--freeze {freeze.value} changes the model's own weights: say with --model-out where to keep them")
     if model_out is not None:
+        if model_out.exists() and not model_out.is_dir():
+            raise InputError(f"--model-out is {model_out}, which is a file: name a folder")
         model_out.mkdir(parents=True, exist_ok=True)
     recipe = beam.Recipe(
         steps=steps, beta=beta, target_picks=target_picks, freeze=freeze.value, distill=distill, learning_rate=learning_rate,

@@ -188,6 +188,11 @@ class Evaluator:
                 self._done += 1
                 self._advance(self._done, name)
             result.losses += (texts / (group.shape[1] - 1 - skip)).tolist()
+        if not all(map(math.isfinite, result.losses)):
+            raise EvaluationError(
+                f"the loss under '{name}' is not finite, because the model's logits are not: its weights are damaged, or "
+                f"{next(self.model.parameters()).dtype} is too narrow for it, and another dtype is needed"
+            )
         result.tokens = self.texts.scored
         result.kl, result.agreement = kl / result.tokens, agreed / result.tokens
         result.step_ms = statistics.median(milliseconds)

@@ -88,7 +88,7 @@ def _documents_in(file: Path) -> Iterator[str]:
             yield from _documents_in(path)
         return
     try:
-        text = file.read_bytes().decode("utf-8")
+        text = file.read_bytes().decode("utf-8-sig")  # some editors begin a file with a byte order mark
     except FileNotFoundError:
         raise InputError(f"there is no data file {file}: check the path") from None
     except UnicodeDecodeError as error:
@@ -103,7 +103,7 @@ def _documents_in(file: Path) -> Iterator[str]:
 
 
 def _json_lines(file: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # a text may hold what Unicode, too, calls a line's end
         if not line.strip():
             continue
         try:
@@ -112,6 +112,8 @@ def _json_lines(file: Path, text: str) -> Iterator[str]:
             raise InputError(f"{file}, line {number}, is not JSON ({error}): each line is an object with a 'text'") from None
         if not isinstance(content, dict) or not isinstance(content.get("text"), str):
             raise InputError(f"{file}, line {number}, has no 'text': each line is an object with a 'text'")
+        if any("\ud800" <= character <= "\udfff" for character in content["text"]):
+            raise InputError(f"{file}, line {number}, has half of a surrogate pair in its 'text': mend the line")
         yield content["text"]
 
 

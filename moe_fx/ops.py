@@ -264,26 +264,45 @@ def _save_for_fused_experts(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -
 
 
 def _fused_experts_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """By an op of its own: the compiler must not trace a loop over the active experts."""
+    """By an op of its own: the compiler must not trace a loop over the active experts.
+
+    With ``create_graph=True`` the gradients are to be differentiated, which that op cannot be.
+    """
     given = ctx.needs_input_grad  # shorter than the signature where the last arguments were left out
     needs = [position < len(given) and given[position] for position in _LEARNED]
-    found = iter(torch.ops.moe_fx.fused_experts_backward(grad, *ctx.saved_tensors, *ctx.settings, needs))
+    backward = _differentiable_backward if torch.is_grad_enabled() else torch.ops.moe_fx.fused_experts_backward
+    found = iter(backward(grad, *ctx.saved_tensors, *ctx.settings, needs))
     return tuple(next(found) if needed else None for needed in given)
 
 
 def _fused_experts_backward(grad: Tensor, *args: Any) -> list[Tensor]:
     """Autograd of the reference, run again on the inputs: one expert after another, with a host sync on a GPU."""
     *inputs, needs = args
-    learned = [position for position, needed in zip(_LEARNED, needs, strict=True) if needed]
     inputs = [value.detach() if isinstance(value, Tensor) else value for value in inputs]
     with torch.enable_grad():
-        for position in learned:
+        for position in _learned(needs):
             inputs[position].requires_grad_()
-        output = reference.fused_experts(*inputs)
-        wanted = [inputs[position] for position in learned]
-        if not output.requires_grad:  # every pick is off
-            return [torch.zeros_like(value) for value in wanted]
-        return list(torch.autograd.grad(output, wanted, grad, materialize_grads=True))
+        return _reference_gradients(grad, inputs, needs, create_graph=False)
+
+
+def _differentiable_backward(grad: Tensor, *args: Any) -> list[Tensor]:
+    """The same, with a graph from the inputs to their gradients."""
+    *inputs, needs = args
+    for position in _learned(needs):
+        inputs[position] = inputs[position].view_as(inputs[position])  # one tensor may be given for two arguments
+    return _reference_gradients(grad, inputs, needs, create_graph=True)
+
+
+def _learned(needs: list[bool]) -> list[int]:
+    return [position for position, needed in zip(_LEARNED, needs, strict=True) if needed]
+
+
+def _reference_gradients(grad: Tensor, inputs: list[Any], needs: list[bool], create_graph: bool) -> list[Tensor]:
+    output = reference.fused_experts(*inputs)
+    wanted = [inputs[position] for position in _learned(needs)]
+    if not output.requires_grad:  # every pick is off
+        return [torch.zeros_like(value) for value in wanted]
+    return list(torch.autograd.grad(output, wanted, grad, create_graph=create_graph, materialize_grads=True))
 
 
 def _fake_fused_experts_backward(grad: Tensor, *args: Any) -> list[Tensor]:

@@ -6,7 +6,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -171,22 +171,48 @@ def _statements(kind: type) -> Iterator[ast.AST | None]:
     for base in kind.__mro__:
         methods = {} if base.__module__.startswith("torch.") else {k: f for k, f in vars(base).items() if inspect.isfunction(f)}
         for function in (f for name, f in methods.items() if name not in hidden):
-            try:
-                said: list[ast.AST | None] = [*ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function))))]
-            except (OSError, TypeError, SyntaxError):
-                said = [None]
+            said = _said(function)
             yield from said
+            for helper in _helpers(function, said):
+                yield from _said(helper)
             calls_hidden = any(isinstance(word, ast.Name) and word.id == "super" for word in said)
             hidden |= set() if calls_hidden else {function.__name__}
+
+
+def _said(function: Callable[..., object]) -> list[ast.AST | None]:
+    """Everything that a function says; one None where its source is not known."""
+    try:
+        return [*ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function))))]
+    except (OSError, TypeError, SyntaxError):
+        return [None]
+
+
+def _helpers(function: Callable[..., object], said: list[ast.AST | None]) -> list[Callable[..., object]]:
+    """The plain functions that a method calls by name, but for torch's own."""
+    names = {word.func.id for word in said if isinstance(word, ast.Call) and isinstance(word.func, ast.Name)}
+    known = getattr(function, "__globals__", {})
+    found = [known[name] for name in sorted(names) if inspect.isfunction(known.get(name))]
+    return [helper for helper in found if not helper.__module__.startswith("torch.")]
 
 
 def _is_write_to_places(statement: ast.AST | None) -> bool:
     if statement is None:
         return True
     if isinstance(statement, ast.Call) and isinstance(statement.func, ast.Attribute):
+        if statement.func.attr == "argmax":  # of who picked an expert: the first pick alone
+            return any(isinstance(part, ast.Compare) for part in ast.walk(statement.func.value))
         adds = any(k.arg == "accumulate" for k in statement.keywords)
         return statement.func.attr in ("index_copy_", "index_put_", "index_put", "index_copy") and not adds
-    # not a plain assignment, which is how buffers are filled
-    target = statement.target if isinstance(statement, ast.AugAssign) else None
+    # not a plain assignment, which is how buffers are filled, unless it reads the same places
+    target: ast.expr | None = statement.target if isinstance(statement, ast.AugAssign) else None
+    if isinstance(statement, ast.Assign) and _reads(statement.value, statement.targets[0]):
+        target = statement.targets[0]
     places = ast.walk(target.slice) if isinstance(target, ast.Subscript) else ()
     return any(isinstance(place, (ast.Name, ast.Call, ast.Attribute)) for place in places)
+
+
+def _reads(value: ast.AST, target: ast.expr) -> bool:
+    """Whether an expression reads what is assigned: ``out[rows]`` in ``out[rows] = out[rows] + y``."""
+    return isinstance(target, ast.Subscript) and ast.unparse(target) in {
+        ast.unparse(part) for part in ast.walk(value) if isinstance(part, ast.Subscript)
+    }

@@ -12,8 +12,9 @@ from torch.fx.node import Node
 from moe_fx.passes import graph as g
 from moe_fx.passes.graph import Weights, argument, dtype, is_float, is_integer, op, rank, same_shape, size
 from moe_fx.passes.proof import REACH, Proof, is_expert_stack, meets_experts
-from moe_fx.passes.router import SCORE_WISE, Router
+from moe_fx.passes.router import LINEAR, SCORE_WISE, Router
 from moe_fx.passes.selection import Selection
+from moe_fx.passes.twice import enters_layer, loses_second_pick
 
 #: Ops that turn the weights of a token's picks into weights of the same picks.
 WEIGHT_WISE = SCORE_WISE - {"slice", "narrow", "chunk", "split", "split_with_sizes", "scatter"}
@@ -58,11 +59,14 @@ def find_cut(selection: Selection, router: Router, weights: Weights) -> tuple[Cu
     cut = Cut()
     weight_like: set[Node] = {selection.values} if selection.values is not None else set()
     dense_like: dict[Node, str] = {}
-    reason = _follow_ids(selection.ids, router, weights, cut, weight_like, dense_like)
+    reason = _follow_ids(selection, router, weights, cut, weight_like, dense_like)
     reason = reason or _follow_weights(selection, weight_like, dense_like, cut)
     reason = reason or _follow_dense(router, dense_like, cut)
     reason = reason or _looks_up_scores(selection, router, weights, cut)
+    reason = reason or _looks_up_router(router, weights, cut)
     reason = reason or _writes_at_ids(cut)
+    reason = reason or _chooses_again(selection, cut)
+    reason = reason or loses_second_pick(selection, [(e.node, e.user) for e in cut.ids], weights)
     reason = reason or _leaves_picks_out(selection, cut)
     if not reason and not (cut.ids or cut.dense):
         reason = "its ids are not used outside the router"
@@ -96,6 +100,37 @@ def _looks_up_scores(selection: Selection, router: Router, weights: Weights, cut
             break
         frontier = reached
     return ""
+
+
+def _looks_up_router(router: Router, weights: Weights, cut: Cut) -> str:
+    """Rows of the router's weight looked up by the picks: scores, made once more, that would change with the ids."""
+    for edge in cut.ids:
+        source = edge.user.all_input_nodes[0] if op(edge.user) in ("index", "index_select", "embedding", "gather") else None
+        if source in weights and router.weight in weights.leaves(cast(Node, source)):
+            return f"its ids look up rows of the router's weight ({op(edge.user)}), so its weights would change with them"
+    return ""
+
+
+def _chooses_again(selection: Selection, cut: Cut) -> str:
+    """Picks that are only candidates, or in whose place others are put: the decision is another than the selection's."""
+    stack = [(e.node, e.user) for e in cut.ids]
+    while stack:
+        node, user = stack.pop()
+        name = op(user)
+        if name in ("where", "masked_fill") and is_integer(user) and node in user.args[name == "where" :]:
+            return f"its ids are changed ({name}) before they select"
+        if name in ("gather", "take_along_dim") and user.args[0] is node and selection.is_per_pick(node) and not _reorders(user):
+            return f"its picks are only candidates, of which some are chosen once more ({name})"
+        if name in g.ID_WISE | PARTS and user.all_input_nodes[0] is node and is_integer(user):
+            stack.extend((user, reader) for reader in user.users)
+    return ""
+
+
+def _reorders(looked_up: Node) -> bool:
+    """Whether ids are gathered by the order of as many."""
+    order = looked_up.args[1 if op(looked_up) == "take_along_dim" else 2]
+    sorts = op(order) == "argsort" or (op(order) == "getitem" and op(cast(Node, order).args[0]) == "sort")
+    return sorts and same_shape(order, looked_up.args[0])
 
 
 def leaves_weights_out(selection: Selection, cut: Cut) -> bool:
@@ -143,15 +178,22 @@ def _writes_at_ids(cut: Cut) -> str:
         name = op(user)
         if name in OVERWRITES and user.args[0] is not node and argument(user, "accumulate", 3, False) is not True:
             return f"its ids say where something is written ({name}), where two picks of one expert would overwrite each other"
-        if name in g.ID_WISE | PARTS and user.all_input_nodes[0] is node and not is_float(user):
-            stack.extend((user, reader) for reader in user.users)
+        same = name in g.ID_WISE | PARTS | _ORDERED_IDS and user.all_input_nodes[0] is node and not is_float(user)
+        if same or (name == "sort" and user.args[0] is node):
+            values = g.outputs(user, 0) if name == "sort" else [user]
+            stack.extend((value, reader) for value in values for reader in value.users)
     return ""
 
 
+#: Ops that give ids in another order.
+_ORDERED_IDS = frozenset("index index_select gather".split())
+
+
 def _follow_ids(
-    ids: Node, router: Router, weights: Weights, cut: Cut, weight_like: set[Node], dense_like: dict[Node, str]
+    selection: Selection, router: Router, weights: Weights, cut: Cut, weight_like: set[Node], dense_like: dict[Node, str]
 ) -> str:
     """Sort every use of the ids into: inside the router, a dense matrix of the router's, or the experts'."""
+    ids, scores = selection.ids, _made_into_scores(selection)
     stack, seen = [ids], set()
     while stack:
         node = stack.pop()
@@ -167,6 +209,8 @@ def _follow_ids(
             elif _gathers_score(user, node, router, weights) and _stays_a_weight(user, node):
                 if _is_turned(node) and rank(node) == rank(ids):
                     return f"its weights are looked up by transposed ids ({name})"
+                if op(user) in ("gather", "take_along_dim") and not _is_score(user.args[0], scores):
+                    return f"its ids look up numbers that are none of its scores ({name}): its weights, or a part of its experts"
                 weight_like.add(user)
             elif name == "scatter" and _scatters_into_experts(user, node, router):
                 if _counts_tokens(user):
@@ -182,6 +226,31 @@ def _follow_ids(
             if _mutates(user, node):
                 return f"its ids are changed in place by {name}"
     return ""
+
+
+def _made_into_scores(selection: Selection) -> set[Node]:
+    """The scores, all that they were made from by score-wise ops, and the linear maps that these read."""
+    stack, found = [selection.scores], {selection.scores}
+    while stack:
+        node = stack.pop()
+        for i in node.all_input_nodes if op(node) in SCORE_WISE | g.TRANSPOSES else ():
+            if op(i) in SCORE_WISE | g.TRANSPOSES | LINEAR and is_float(i) and i not in found:
+                found.add(i)
+                stack.append(i)
+    return found
+
+
+def _is_score(source: object, scores: set[Node]) -> bool:
+    """Whether numbers were made from what the scores were made from."""
+    stack, seen = [cast(Node, source)], set()
+    while stack:
+        node = stack.pop()
+        if node in scores:
+            return True
+        if node not in seen and is_float(node):
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return False
 
 
 def _mask_of_scores(hot: Node, router: Router) -> Node | None:
@@ -473,6 +542,8 @@ def weighs_input(cut: Cut, proof: Proof, router: Router, weights: Weights) -> bo
     """Whether weights that left the router flow into a product with the site's own experts."""
     if proof.at is None:
         return False
+    if any(_weighs_layer(edge, weights) for edge in cut.dense):
+        return True
     own = {i for i in proof.at.all_input_nodes if is_expert_stack(i, router, weights)}
     seen: set[Node] = set()
     stack = [e.user for e in (*cut.weights, *cut.dense)]
@@ -484,4 +555,16 @@ def weighs_input(cut: Cut, proof: Proof, router: Router, weights: Weights) -> bo
         if own.intersection(node.all_input_nodes) and meets_experts(node, router, weights):
             return True
         stack.extend(node.users)
+    return False
+
+
+def _weighs_layer(edge: Edge, weights: Weights) -> bool:
+    """Whether a column of a matrix multiplies what goes into a linear map: that of one of the experts."""
+    stack = [(edge.node, edge.user)]
+    while stack:
+        node, user = stack.pop()
+        if op(user) == "mul" and enters_layer(user, node, weights):
+            return True
+        if op(user) in g.LAYOUT | g.CASTS | PARTS:
+            stack.extend((user, reader) for reader in user.users)
     return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -252,11 +253,21 @@ class _Trail:
         if not meets_experts(node, self._router, self._weights):
             return False
         stacks = [i for i in node.all_input_nodes if is_expert_stack(i, self._router, self._weights)]
+        if self._attends(node):
+            return False
         if any(i in self.seen and (i in stacks or not is_float(i)) for i in node.all_input_nodes):
             return True  # the ids look the matrices up, or an op that multiplies group by group reads them or their counts
         if any(_whole_of_slice(i, self._router) is not None for i in stacks):
             return True
         return any(i in self.seen and self._has_expert_axis(i) for i in node.all_input_nodes)
+
+    def _attends(self, product: Node) -> bool:
+        """Whether a stack's rows are keys, or values: activations meet it twice, with nothing but a softmax in between.
+
+        Memories that are looked up and attended to are no experts.
+        """
+        beyond = [*_across_softmax(product, lambda n: [*n.users]), *_across_softmax(product, lambda n: n.all_input_nodes)]
+        return any(meets_experts(node, self._router, self._weights) for node in beyond)
 
     def _has_expert_axis(self, node: Node) -> bool:
         """Whether rows were sorted into a tensor [..., E, C, H]; one that was only repeated for each expert was not."""
@@ -297,6 +308,27 @@ class _Trail:
         if name in _LOOK_UPS and is_float(node) and inputs[0] not in self.seen and not self._ids.isdisjoint(inputs[1:]):
             return not is_expert_stack(node, self._router, self._weights)
         return False
+
+
+def _across_softmax(start: Node, neighbours: Callable[[Node], list[Node]]) -> list[Node]:
+    """What stands on the other side of a softmax from a node, with but layout, masks and scales in between."""
+    found: list[Node] = []
+    seen: set[Node] = set()
+    stack = [(n, False) for n in neighbours(start)]
+    while stack:
+        node, crossed = stack.pop()
+        if node in seen or not is_float(node):
+            continue
+        seen.add(node)
+        crossed = crossed or op(node) in ("softmax", "_softmax")
+        if op(node) in _SCALES:
+            stack.extend((n, crossed) for n in neighbours(node))
+        elif crossed:
+            found.append(node)
+    return found
+
+
+_SCALES = g.LAYOUT | g.CASTS | frozenset("softmax _softmax mul div add masked_fill where dropout".split())
 
 
 def _columns(matrix: Node, num_experts: int) -> dict[int, Node]:

@@ -21,6 +21,7 @@ from moe_fx.passes.bind import Binder
 from moe_fx.passes.cut import Edge, leaves_weights_out
 from moe_fx.passes.find_sites import Routing
 from moe_fx.passes.mlp import Experts
+from moe_fx.passes.region import find_region
 from moe_fx.policy import BEAM, NAEE, OEA, SERE, Baseline, Drop, ExFold, Policy, SmallerK, StaticPrune, TopP
 
 aten = torch.ops.aten
@@ -289,6 +290,8 @@ def _obstacle(routing: Routing, policies: tuple[Policy, ...], carriers: list[Nod
         return "its experts have a capacity, in which a pick that is off would still take a place"
     if _switches_off(policies) and routing.weighs_input:
         return "its weights multiply the experts' input, and an expert may give something for an input of 0"
+    if _switches_off(policies) and not _gives_nothing_for_zero(routing):
+        return "its weights stand before a part of its experts that may give something for a weight of 0"
     if zeroes and not _are_final(carriers, routing):
         return "its weights are not final where they leave the router: what comes after would undo a weight of 0"
     if zeroes and g.mutates_between(routing.router.linear, last):
@@ -323,6 +326,30 @@ def _are_final(carriers: list[Node], routing: Routing) -> bool:
             seen.add(user)
             stack.append(user)
     return True
+
+
+def _gives_nothing_for_zero(routing: Routing) -> bool:
+    """Whether what stands between the weights and the experts' output turns 0 into 0, whichever expert was picked."""
+    region = find_region(routing)
+    leaves = {(e.node, e.user) for e in (*routing.cut.weights, *routing.cut.dense)}
+    picked = {e.user for e in routing.cut.ids}  # what depends on the ids
+    scaled: set[Node] = set()  # what is 0 where a weight is
+    for node in region.nodes if region is not None else ():
+        inputs = [i for i in node.all_input_nodes if i in scaled or (i, node) in leaves]
+        others = [i for i in node.all_input_nodes if i not in inputs and g.is_float(i)]
+        if not picked.isdisjoint(node.all_input_nodes):
+            picked.add(node)
+        if not inputs or not g.is_float(node):
+            continue
+        if g.op(node) in _NOT_ZERO_AT_ZERO or (g.op(node) in _ADDS and not picked.isdisjoint(others)):
+            return False
+        scaled.add(node)
+    return True
+
+
+#: Ops that give something for 0.
+_NOT_ZERO_AT_ZERO = frozenset("sigmoid exp softmax _softmax softplus cos log_sigmoid reciprocal".split())
+_ADDS = frozenset("add sub rsub addmm baddbmm".split())
 
 
 def _is_squashed(weights: Node, routing: Routing) -> bool:

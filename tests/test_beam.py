@@ -349,6 +349,25 @@ def test_masked_adds_the_regularizer_to_the_loss() -> None:
         Masked(attach(model, inputs), model, beta=-1)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_masks_stay_in_float32_where_the_model_is_cast(dtype: torch.dtype) -> None:
+    """As HF's Trainer casts a model for ``bf16_full_eval``."""
+    model, inputs = tiny.build("qwen3_moe", "moe_fx"), batch()
+    module = Masked(attach(model, inputs), model, beta=0.5)
+    masks = list(module.masks.values())
+    with torch.no_grad():
+        for number, mask in enumerate(masks):
+            mask.copy_(torch.randn(mask.shape, generator=torch.Generator().manual_seed(number)))
+    before = [mask.detach().clone() for mask in masks]
+    module(**inputs).loss.backward()
+    module.to(dtype)
+    assert model.lm_head.weight.dtype == dtype
+    assert all(mine is theirs for mine, theirs in zip(module.masks.values(), module.policy.parameters(), strict=True))
+    assert all(torch.equal(mask, old) for mask, old in zip(masks, before, strict=True))
+    module(**inputs).loss.backward()
+    assert {mask.grad.dtype for mask in masks} == {torch.float32}
+
+
 def test_a_transformers_model_with_gradient_checkpointing() -> None:
     want: list[Tensor] = []
     for active in (False, True):
@@ -659,6 +678,7 @@ def test_the_command_trains_resumes_draws_and_its_artifact_is_evaluated(folder: 
         ({"beta": -1}, "beta is -1.0"),
         ({"target-picks": 4}, "target picks is 4, but the model picks K = 3"),
         ({"freeze": "none"}, "say with --model-out where to keep them"),
+        ({"freeze": "none", "model-out": __file__}, "which is a file: name a folder"),
         ({"held-out": 1000}, "are held out: give more"),
         ({"length": 4000}, "no text in the data has 4000 tokens"),
         ({"out": "/nowhere/x.safetensors"}, "there is no directory"),

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import moe_fx
 import tiny
 from moe_fx.cli import app
+from moe_fx.inputs import read_documents
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from it "
 
@@ -33,6 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
+    torch.set_num_threads(1)  # as in the tests: what is calibrated is repeated to the bit only by as many threads
     root = tmp_path_factory.mktemp("cli")
     tiny.build("qwen3_moe").save_pretrained(root / "model")
     words = {word: i + 3 for i, word in enumerate(dict.fromkeys(TEXT.split()))} | {"[UNK]": 1}
@@ -134,6 +136,7 @@ def bad_data(folder: Path) -> dict[str, tuple[Path, str]]:
         "short": (b"the quick brown fox", "the data have 4 tokens, 0 of them in whole windows of 16, but 64 are"),
         "notjson.jsonl": (b"{", "line 1, is not JSON"),
         "notext.jsonl": (b'{"a": 1}', "has no 'text'"),
+        "surrogate.jsonl": (b'{"text": "the quick"}\n{"text": "fox \\ud800"}', "line 2, has half of a surrogate pair"),
     }
     for name, (content, _) in cases.items():
         if content is not None:
@@ -141,13 +144,26 @@ def bad_data(folder: Path) -> dict[str, tuple[Path, str]]:
     return {name: (folder / name, words) for name, (_, words) in cases.items()}
 
 
-@pytest.mark.parametrize("name", ["missing", "empty", "binary", "zeros", "short", "notjson.jsonl", "notext.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["missing", "empty", "binary", "zeros", "short", "notjson.jsonl", "notext.jsonl", "surrogate.jsonl"]
+)
 def test_bad_data(folder: Path, tmp_path: Path, name: str) -> None:
     path, words = bad_data(tmp_path)[name]
     result = run("calibrate", folder / "model", "--data", path, "--tokens", 64, "--length", 16, "--out", tmp_path / "o", "--json")
     assert result.exit_code == 1
     assert words in json.loads(result.stdout)["error"]
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lines_end_where_json_lines_end_and_nowhere_else(tmp_path: Path, end: str) -> None:
+    texts = ["the \u2028 quick \x85 brown \x0b fox \x1c jumps", "over \U0001f98a the lazy dog"]
+    lines = end.join(json.dumps({"text": text}, ensure_ascii=False) for text in texts) + end
+    for name, mark in (("plain.jsonl", b""), ("marked.jsonl", b"\xef\xbb\xbf")):
+        (tmp_path / name).write_bytes(mark + lines.encode())
+        assert read_documents([tmp_path / name]) == texts
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfthe quick")
+    assert read_documents([tmp_path / "marked.txt"]) == ["the quick"]
 
 
 def test_no_such_model(tmp_path: Path) -> None:

@@ -168,6 +168,13 @@ def test_a_model_that_changes_with_every_step_is_told() -> None:
         decode()
 
 
+def test_a_model_whose_logits_are_not_finite_is_told() -> None:
+    model = tiny.build("qwen3_moe")
+    model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(EvaluationError, match="the loss under 'full' is not finite.*torch.float32 is too narrow"):
+        Evaluator(model, windows(documents(), 2, 6, 6))
+
+
 def test_a_model_without_experts_is_told() -> None:
     import transformers
 

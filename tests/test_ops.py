@@ -77,6 +77,16 @@ def test_opcheck(name, num_tokens):
     torch.library.opcheck(getattr(OPS, name.split(".")[0]).default, samples(num_tokens)[name])
 
 
+def test_a_token_may_have_no_picks():
+    weights, ids = torch.empty(3, 0), torch.empty(3, 0, dtype=torch.int64)
+    assert OPS.sere_reroute(ids, random_similarity(9), 1, 0.0).shape == (3, 0)
+    for result in (*OPS.beam_mask(weights, ids, torch.randn(3, 9), 0.5), *OPS.fold_masked(weights, ids)):
+        assert result.shape == (3, 0)
+    assert OPS.count_active(ids, 9) == 0
+    hidden, *parameters = experts_inputs(3)[:3]
+    assert torch.equal(OPS.fused_experts(hidden, *parameters, weights, ids), hidden.new_zeros(3, parameters[1].shape[1]))
+
+
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("name", samples())
 def test_ops_equal_the_reference(name, ids_dtype):
@@ -210,6 +220,22 @@ def test_fused_experts_gradients_are_right():
     inputs = experts_inputs(3, dtype=torch.float64)
     inputs = [value.clone().requires_grad_(value.is_floating_point()) for value in inputs]
     assert torch.autograd.gradcheck(OPS.fused_experts, inputs)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_fused_experts_gradients_can_be_differentiated(power):
+    """As a penalty on the gradient does."""
+    penalties = []
+    for op in (OPS.fused_experts, reference.fused_experts):
+        inputs = [value.clone() for value in experts_inputs(3, dtype=torch.float64)]
+        learned = [value.requires_grad_() for value in inputs if value.is_floating_point()]
+        loss = op(*inputs).pow(power).sum()
+        gradients = torch.autograd.grad(loss, learned, create_graph=True)
+        penalty = sum(gradient.square().sum() for gradient in gradients)
+        penalties.append(torch.autograd.grad(penalty, learned, materialize_grads=True))
+    assert all(bool(want.abs().sum() > 0) for want in penalties[1])
+    for got, want in zip(*penalties, strict=True):
+        torch.testing.assert_close(got, want, **tolerance(torch.float64))
 
 
 def test_fused_experts_gradients_where_all_picks_are_off():

@@ -48,13 +48,52 @@ class Inherited(AddedUp):
     """Nothing that is written here writes anything."""
 
 
+class WrittenByAssignment(WrittenOver):
+    def forward(self, x: Tensor) -> Tensor:
+        ids, weights = self.route(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            rows, place = torch.where(ids == e)
+            out[rows] = out[rows] + expert(x[rows]) * weights[rows, place, None]
+        return out
+
+
+def _put_down(out: Tensor, rows: Tensor, given: Tensor) -> None:
+    out[rows] += given
+
+
+class WrittenByHelper(WrittenOver):
+    """What writes is a function beside the module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids, weights = self.route(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            rows, place = torch.where(ids == e)
+            _put_down(out, rows, expert(x[rows]) * weights[rows, place, None])
+        return out
+
+
+class FirstPlaceRead(WrittenOver):
+    """Added up, but only the first place of an expert is read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids, weights = self.route(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            rows = (ids == e).any(-1).nonzero().squeeze(-1)
+            place = (ids[rows] == e).int().argmax(-1)
+            out.index_add_(0, rows, expert(x[rows]) * weights[rows, place, None])
+        return out
+
+
 def rewritten(layer: layers.Layer, x: Tensor, policy: object) -> Tensor:
     options = {"policy": policy, "inner": "eager", "strict": True}
     with torch.no_grad():
         return torch.compile(layer, backend="moe_sparse", options=options)(x)
 
 
-@pytest.mark.parametrize("cls", [WrittenOver, Inherited])
+@pytest.mark.parametrize("cls", [WrittenOver, Inherited, WrittenByAssignment, WrittenByHelper, FirstPlaceRead])
 @pytest.mark.parametrize("policy", ["sere", "beam"])
 def test_every_policy_is_the_definition(cls: type[layers.Layer], policy: str) -> None:
     layer, x = cls().eval(), torch.randn(3, H, generator=torch.Generator().manual_seed(2))

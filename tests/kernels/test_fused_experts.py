@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -393,22 +393,41 @@ def test_wide_rows_go_to_the_loop_earlier(compiled, monkeypatch):
 
 
 @given(
-    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), size=st.sampled_from([1, 2, 4]), tiles=st.sampled_from([1, 2, 5])
-)
-def test_blocks_meet_every_tile_once_and_a_tile_meets_all_blocks_of_its_expert_in_turn(lengths, size, tiles):
-    stops = np.cumsum(lengths)
-    runs = np.stack((3 * np.arange(len(lengths)), stops - lengths, stops), 1)
-    blocks = experts_cpu.in_blocks(runs, size, tiles)
-    assert sorted(set(blocks.block_to_row.ravel().tolist())) == list(range(stops[-1]))
-    assert len(blocks.block_to_row) == sum(-(-length // size) for length in lengths)
-    visits = [tuple(step) for step in blocks.steps.tolist()]
-    assert visits == sorted(visits)
-    assert len(set(visits)) == blocks.block_to_step.size
-    run_of_row = np.arange(len(lengths)).repeat(lengths)
-    for block, rows in enumerate(blocks.block_to_row):
-        (run,) = set(run_of_row[rows].tolist())
-        for tile in range(tiles):
-            assert visits[blocks.block_to_step[block, tile]] == (3 * run, tile, block)
+    num_tokens=st.integers(1, 12), top_k=st.integers(0, 5), num_experts=st.integers(1, 7), largest=st.sampled_from([2, 4]),
+    tiles=st.sampled_from([1, 2, 5]), seed=st.integers(0, 10**6),
+)  # fmt: skip
+def test_blocks_hold_every_pick_and_meet_every_tile_in_turn(num_tokens, top_k, num_experts, largest, tiles, seed):
+    """A tile of an expert's weights meets all blocks of the expert before another is read."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(-1, num_experts + 1, (num_tokens, top_k), generator=generator)
+    blocks = experts_cpu.in_blocks(ids, num_experts, largest, 12)
+    tokens_of = {
+        expert: tokens for expert in range(num_experts) if (tokens := (ids == expert).any(1).nonzero().flatten().tolist())
+    }
+    longest = max(map(len, tokens_of.values()), default=1)
+    size = longest if longest <= 2 else largest
+    assert blocks.block_to_token.shape == (sum(-(-len(tokens) // size) for tokens in tokens_of.values()), size)
+    for token, picks in enumerate(ids.tolist()):
+        for expert, place in zip(picks, blocks.pick_to_place[token].tolist(), strict=True):
+            if expert not in tokens_of:
+                assert place == -1
+            else:
+                assert blocks.block_to_token.flatten()[place] == token
+                assert blocks.runs[place // size, 0] == expert
+    for block, (expert, *_) in enumerate(blocks.runs.tolist()):
+        assert set(blocks.block_to_token[block].tolist()) <= set(tokens_of[expert])
+
+    steps, step_of = experts_cpu._steps(blocks.runs, tiles)
+    visits = [tuple(step) for step in steps.tolist()]
+    assert visits == sorted(set(visits))
+    expected = [[(expert, tile, block) for tile in range(tiles)] for block, (expert, *_) in enumerate(blocks.runs.tolist())]
+    assert [[visits[step] for step in row] for row in step_of.tolist()] == expected
+
+
+@pytest.mark.parametrize("off", [0.0, 0.97])
+def test_many_rows_of_an_expert_go_to_the_loop_and_many_picks_that_are_off_do_not(off):
+    ids = Case(200, top_k=8, num_experts=8, off=off).picks()[1]
+    assert (experts_cpu.in_blocks(ids, 8, 4, 12) is None) == (off == 0)
 
 
 _functions_of_hypothesis: dict[Any, Any] = {}
@@ -462,6 +481,34 @@ def test_a_compiled_function_serves_in_every_mode_and_with_other_threads(compile
     finally:
         torch.set_num_threads(threads)
     assert len(compiled) == 2 * size
+
+
+def test_threads_that_meet_new_experts_at_once_compile_them_one_after_another(compiled, monkeypatch):
+    compile_one, at_work, most = experts_cpu._compile, [], []
+
+    def counted(*args: Any) -> Any:
+        at_work.append(None)
+        most.append(len(at_work))
+        try:
+            return compile_one(*args)
+        finally:
+            at_work.pop()
+
+    monkeypatch.setattr(experts_cpu, "_compile", counted)
+    cases = [Case(3, dtype=torch.bfloat16, hidden=hidden, off=0.2) for hidden in (16, 16, 24, 32)]
+    threads_of_each = torch.get_num_threads()
+
+    def serve(case: Case) -> Tensor:
+        torch.set_num_threads(threads_of_each)  # a new thread begins with all cores, and they are a part of the key
+        return experts_cpu.fused_experts(*case.tensors(), *case.settings())
+
+    with ThreadPoolExecutor(len(cases)) as pool:
+        results = list(pool.map(serve, cases))
+    assert set(most) == {1}
+    assert None not in compiled.values()
+    assert len(most) == len(compiled) == 3, "equal experts are compiled once"
+    for case, result in zip(cases, results, strict=True):
+        torch.testing.assert_close(result, by_reference(case.tensors(), case.settings()), **tolerance(torch.bfloat16))
 
 
 def test_the_loop_serves_where_nothing_can_be_compiled(compiled, monkeypatch):

@@ -149,6 +149,16 @@ def test_left_alone(cls: type[layers.Layer]) -> None:
         (layers.ReachTheKth, "more than K where some are equal"),
         (layers.BelowTheKth, "more than K where some are equal"),
         (layers.EqualToBest, "more than K where some are equal"),
+        (layers.RowsOfTheRouter, "rows of the router's weight"),
+        (layers.RankOneExperts, "none of its scores"),
+        (layers.ReplacedIds, r"changed \(where\)"),
+        (layers.FirstReplaced, r"changed \(where\)"),
+        (layers.WrittenInOrder, "overwrite each other"),
+        (layers.LargestWeight, r"only one of them is read \(max\)"),
+        (layers.FirstPlace, r"only one of them is read \(argmax\)"),
+        (layers.PickedOnce, r"compared \(eq\)"),
+        (layers.InputTimesPicks, "input is multiplied"),
+        (layers.ChunkMemory, "never seen to select"),
     ],
 )
 def test_what_resembles_routing_is_reported_with_its_reason(cls: type[layers.Layer], words: str) -> None:
@@ -165,7 +175,7 @@ def test_what_keeps_scores_without_choosing_experts_is_no_skip(cls: type[layers.
 
 @pytest.mark.parametrize(
     "cls", [layers.NegatedDistance, layers.LastOfAscending, layers.ProductKeys, layers.MasksInTurn, layers.ReachTheKth,
-     layers.GatheredTransposed],
+     layers.GatheredTransposed, layers.ChosenAgain, layers.LargestWeight],
 )  # fmt: skip
 def test_strict_objects_to_a_router_that_cannot_be_read(cls: type[layers.Layer]) -> None:
     layer, x, artifact = make(cls)
@@ -223,6 +233,43 @@ class DropsLow(layers.Layer):
         return super().run(x, ids, kept / kept.sum(-1, keepdim=True))
 
 
+class WeighedInside(layers.Layer):
+    """The weight stands before the second layer, which gives its bias even for 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.randn(E, H))
+
+    def run(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        hidden = torch.einsum("th,tkhi->tki", x, self.up[ids]).relu() * weights.unsqueeze(-1)
+        return (torch.einsum("tki,tkih->tkh", hidden, self.down[ids]) + self.bias[ids]).sum(1)
+
+
+class WeighedBeforeSigmoid(layers.Layer):
+    def run(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        hidden = torch.einsum("th,tkhi->tki", x, self.up[ids]) * weights.unsqueeze(-1)
+        return torch.einsum("tki,tkih->th", hidden.sigmoid(), self.down[ids])
+
+
+class WeighedInsideWithoutBias(layers.Layer):
+    """The weight stands before the second layer, which gives nothing for 0."""
+
+    def run(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        hidden = torch.einsum("th,tkhi->tki", x, self.up[ids]).relu() * weights.unsqueeze(-1)
+        return torch.einsum("tki,tkih->th", hidden, self.down[ids])
+
+
+class MatrixWeighsInput(layers.LoopOverExperts):
+    """A matrix of ones at the picks takes what was not picked off the experts' input."""
+
+    def run(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        gates, ones = (torch.zeros(x.shape[0], E).scatter(1, ids, w) for w in (weights, torch.ones_like(weights)))
+        return sum(gates[:, e, None] * expert(x * ones[:, e, None]) for e, expert in enumerate(self.experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x, *self.route(x))
+
+
 class BestInFull(layers.Layer):
     """The best pick counts in full, whatever its weight."""
 
@@ -243,14 +290,31 @@ class ChangedBetween(layers.Layer):
 
 
 @pytest.mark.parametrize(
-    "cls", [InputWeighted, LateSoftmax, NormalisedWithSink, NormalisedAfter, DropsLow, ChangedBetween, BestInFull]
-)
+    "cls", [InputWeighted, LateSoftmax, NormalisedWithSink, NormalisedAfter, DropsLow, ChangedBetween, BestInFull,
+     WeighedInside, WeighedBeforeSigmoid, MatrixWeighsInput],
+)  # fmt: skip
 def test_beam_keeps_away_where_a_weight_of_zero_would_not_mean_off(cls: type[layers.Layer]) -> None:
     layer, x, artifact = make(cls)
     with torch.no_grad():
         torch.testing.assert_close(compiled(layer, x, moe_fx.BEAM(artifact, tau=0.6)), layer(x))
     assert moe_fx.last_report().ops_after["moe_fx.beam_mask"] == 0
     assert any(s.routing for s in moe_fx.last_report().skips)
+
+
+def test_beam_switches_off_by_a_weight_inside_the_experts_that_nothing_follows() -> None:
+    layer, x, artifact = make(WeighedInsideWithoutBias)
+    ids, weights = decided(layer, x)
+    masked, _ = reference.beam_mask(weights, ids, x @ artifact.sites[""]["mask_router"].T, 0.6)
+    assert not torch.equal(masked, weights)
+    got = compiled(layer, x, moe_fx.BEAM(artifact, tau=0.6), strict=True, fuse_experts=False)
+    torch.testing.assert_close(got, run(layer, x, ids, masked), **tolerance(torch.float32))
+
+
+def test_sere_keeps_away_where_a_matrix_multiplies_the_input_of_experts_that_are_modules() -> None:
+    layer, x, artifact = make(MatrixWeighsInput)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(layer, x, moe_fx.SERE(artifact, primary=1)), layer(x), rtol=0, atol=0)
+    assert "two picks of one expert cannot be merged" in moe_fx.last_report().skips[-1].reason
 
 
 def test_ops_before_and_after() -> None:

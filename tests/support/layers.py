@@ -484,6 +484,14 @@ class TwoOpinions(Layer):
         return ids, (values / self.temperature.exp()).softmax(-1)
 
 
+class InOrderOfIds(Layer):
+    """A token's picks are brought into the order of their ids."""
+
+    def run(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        ids, order = ids.sort(-1)
+        return super().run(x, ids, weights.gather(-1, order))
+
+
 class Capacity(Layer):
     """GShard: what overflows an expert's capacity is dropped, so an off pick must not take a place."""
 
@@ -502,7 +510,7 @@ ROUTES: dict[type[Layer], int] = {
     IdsLaidOutLikeWeights: K, TransposedRouter: K, TransposedEinsum: K, ChannelsFirst: K, TransposedBest: 1,
     MatrixByColumns: K, MatrixUnbound: K, StackedOutputs: K, StackedOutputsIndexed: K, MaskedLogits: K, MaskedLogitsWhere: K,
     MaskedScores: K, PutAtPlaces: K, FloatIds: K, RowsOfMatrices: K, SelectsMore: K, NormalisedFlat: K, DoubleRouter: K,
-    TwoOpinions: K,
+    TwoOpinions: K, InOrderOfIds: K,
 }  # fmt: skip
 
 
@@ -852,10 +860,119 @@ class StackOfScales(Layer):
         return torch.einsum("te,teh->th", torch.zeros(x.shape[0], E).scatter(1, ids, weights), every)
 
 
+class RowsOfTheRouter(Layer):
+    """The weights are made once more, from the router's rows that the ids say."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        ids = self.router(x).topk(K).indices
+        return ids, torch.einsum("th,tkh->tk", x, self.router.weight[ids]).softmax(-1)
+
+
+class RankOneExperts(Layer):
+    """The first half of every expert is one row of a product for all, of which the picks' entries are taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(H, E, bias=False)
+        self.second = nn.Parameter(torch.randn(E, 1, H))
+
+    def run(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        inner = self.first(x).gather(1, ids).unsqueeze(-1)
+        return torch.einsum("tkr,tkrh,tk->th", inner, self.second[ids], weights)
+
+
+class ChosenAgain(Layer):
+    """More are chosen than are used: which of them, a bias says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(E))
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        values, candidates = self.router(x).softmax(-1).topk(K + 2)
+        weights, places = (values + self.bias[candidates]).topk(K)
+        return candidates.gather(1, places), weights
+
+
+class ReplacedIds(Layer):
+    """Padding goes to one expert."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        ids, weights = super().route(x)
+        return torch.where(x[:, :1] < 0, torch.zeros_like(ids), ids), weights
+
+
+class FirstReplaced(Layer):
+    """Some tokens' first pick is another."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        ids, weights = super().route(x)
+        return torch.stack([torch.where(x[:, 0] < 0, 0, ids[:, 0]), ids[:, 1]], dim=1), weights
+
+
+class WrittenInOrder(Layer):
+    """The weights are put down expert by expert: of two picks on one expert the second is written over the first."""
+
+    def run(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        order = ids.flatten().argsort(stable=True)
+        gates = torch.zeros(E, x.shape[0])
+        gates[ids.flatten()[order], order // K] = weights.flatten()[order]
+        return self.run_dense(x, gates.T)
+
+
+class LargestWeight(Layer):
+    """The largest of a token's weights on an expert counts, not their sum."""
+
+    def run(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        masks = [(weights * (ids == e)).max(-1, keepdim=True).values for e in range(E)]
+        return sum(mask * (F.silu(x @ self.up[e]) @ self.down[e]) for e, mask in enumerate(masks))
+
+
+class FirstPlace(Layer):
+    """The weight of the first place at which an expert stands."""
+
+    def run(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(E):
+            here = ids == e
+            weight = weights.gather(1, here.int().argmax(-1, keepdim=True)) * here.any(-1, keepdim=True)
+            out = out + weight * (F.silu(x @ self.up[e]) @ self.down[e])
+        return out
+
+
+class PickedOnce(Layer):
+    """Experts that were picked once count, and those that were picked twice do not."""
+
+    def run(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        hot = F.one_hot(ids, E)
+        return self.run_dense(x, (hot * weights.unsqueeze(-1)).sum(1) * (hot.sum(1) == 1))
+
+
+class InputTimesPicks(LoopOverExperts):
+    """Experts see 0 where they were not picked, and would see the double where they were picked twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids, weights = self.route(x)
+        masks = [ids == e for e in range(E)]
+        inputs = [x * mask.sum(-1, keepdim=True) for mask in masks]
+        outputs = [expert(i) for expert, i in zip(self.experts, inputs, strict=True)]
+        return sum((weights * mask).sum(-1, keepdim=True) * y for mask, y in zip(masks, outputs, strict=True))
+
+
+class ChunkMemory(Layer):
+    """Chunks of a memory are looked up and attended to: their rows are keys and values, and no layer of an expert."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        chunks = self.down[self.router(x).topk(K).indices].flatten(1, 2)
+        return x + torch.einsum("tc,tch->th", torch.einsum("th,tch->tc", x, chunks).softmax(-1), chunks)
+
+
 LEFT_ALONE: tuple[type[Layer], ...] = (
     Sampler, Indexer, ExpertChoice, NucleusRouting, GroupOnly, SmallestPicks, ShiftedIds, Median,
     OneHotScores, MaskedIds, PromptPool, KWinners, ClassCounts, NegatedDistance, LastOfAscending, ProductKeys, MasksInTurn,
     Heads, HeadsBeside, HeadsGated, HeadsOverPrompts, HeadsGatedByMemory, HeadsScaledByLoad, SortedBuckets, OneHotLookUp,
     OneHotCounts, LastVisitors, ReachTheKth, BelowTheKth, EqualToBest, ReachTheKthUnit, ExpertChoiceDown,
     GatheredTransposed, DropsBest, PushedDown, Boosted, WithoutBest, ChannelGroups, StackOfScales,
+    RowsOfTheRouter, RankOneExperts, ChosenAgain, ReplacedIds, FirstReplaced, WrittenInOrder, LargestWeight, FirstPlace,
+    PickedOnce, InputTimesPicks, ChunkMemory,
 )  # fmt: skip
