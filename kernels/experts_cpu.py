@@ -29,6 +29,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ from torch import Tensor
 from moe_fx.kernels import reference
 from moe_fx.kernels.cpu import np
 
-ROWS_IN_BLOCK = (4, 2)  # of narrow, of wide rows; fewer where no expert has more than two
+ROWS_IN_BLOCK = (4, 2)  # of narrow, of wide rows; fewer where active experts have at most two on average
 MOST_ROWS_COMPILED = (12, 3)  # of an active expert, on average: the loop serves more
 BYTES_OF_NARROW_ROWS = 2**15  # of four in float32: what stays in the first cache beside the weights that pass through
 LEAST_BYTES_COMPILED = 2**15  # of one expert's gate and up weights: below (not measured) the loop
@@ -294,8 +295,7 @@ def in_blocks(topk_ids: Tensor, num_experts: int, largest: int, most_rows: int) 
     rows = [len(tokens) for tokens in tokens_of.values()]
     if sum(rows) > most_rows * len(rows):
         return None
-    size = max(rows, default=1)
-    size = size if size <= 2 else largest
+    size = 1 if max(rows, default=1) == 1 else 2 if sum(rows) <= 2 * len(rows) else largest
     first_place: dict[int, int] = {}
     block_to_token: list[int] = []
     runs: list[int] = []
@@ -328,7 +328,9 @@ def _by_expert(picks: list[list[int]], num_experts: int) -> tuple[dict[int, list
 
 
 def _int64(values: list[int], shape: Sequence[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device="cpu").view(shape)
+    if not values:
+        return torch.empty(0, dtype=torch.int64, device="cpu").view(shape)
+    return torch.frombuffer(array("q", values), dtype=torch.int64).view(shape)  # half of torch.tensor's time
 
 
 def _compiled_mixture(layer: Layer, hidden: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor | None:

@@ -405,7 +405,8 @@ def test_blocks_hold_every_pick_and_meet_every_tile_in_turn(num_tokens, top_k, n
         expert: tokens for expert in range(num_experts) if (tokens := (ids == expert).any(1).nonzero().flatten().tolist())
     }
     longest = max(map(len, tokens_of.values()), default=1)
-    size = longest if longest <= 2 else largest
+    size = blocks.block_to_token.shape[1]
+    assert size in ({1} if longest == 1 else {2, largest})
     assert blocks.block_to_token.shape == (sum(-(-len(tokens) // size) for tokens in tokens_of.values()), size)
     for token, picks in enumerate(ids.tolist()):
         for expert, place in zip(picks, blocks.pick_to_place[token].tolist(), strict=True):
