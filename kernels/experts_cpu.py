@@ -347,36 +347,62 @@ def _compiled_mixture(layer: Layer, hidden: Tensor, topk_weights: Tensor, topk_i
     return _call(_mixture, (*layer.settings, tiles), (hidden, topk_weights, *tables), layer.parameters)
 
 
-def _looped(layer: Layer, hidden: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-    """The result by a loop over the experts."""
-    rows = sort_picks(topk_ids, len(layer.w_down))
+@dataclass(frozen=True)
+class Projection:
+    """Weights of all experts, [E, N, H] or a list of [N, H], the last two axes exchanged where ``transposed``, and biases."""
+
+    weights: Tensor | list[Tensor]
+    biases: Tensor | list[Tensor] | None
+    transposed: bool = False
+
+    @classmethod
+    def of_parts(cls, weights: list[Tensor], biases: list[Tensor], transposed: bool) -> Projection:
+        """From lists as ``reference.separate_experts`` takes them: of one stacked tensor, or of a tensor for each expert."""
+        together = weights[0] if weights[0].dim() == 3 else weights
+        return cls(together, None if not biases else biases[0] if biases[0].dim() == 2 else biases, transposed)
+
+    @property
+    def columns(self) -> int:
+        """N."""
+        return self.weights[0].shape[1 if self.transposed else 0]
+
+    def __call__(self, x: Tensor, expert: int, result: Tensor) -> None:
+        """result [R, N] = x [R, H] times an expert's weight, and its bias."""
+        weight = self.weights[expert].mT if self.transposed else self.weights[expert]
+        if x.dtype == torch.float16:  # many times faster in float32, where a machine lacks instructions for it
+            result.copy_(x.float() @ weight.float().mT)
+        elif x.dtype == torch.float32 and len(weight) % SLICES == 0:  # slices for the threads to share: half as fast without
+            slices = weight.unflatten(0, (SLICES, -1)).mT  # [SLICES, H, N / SLICES]
+            result.unflatten(1, (SLICES, -1)).copy_(torch.bmm(x.expand(SLICES, *x.shape), slices).transpose(0, 1))
+        elif result.is_contiguous():
+            torch.mm(x, weight.mT, out=result)
+        else:
+            result.copy_(torch.mm(x, weight.mT))
+        if self.biases is not None:
+            result += self.biases[expert]
+
+
+def _looped(
+    gate_up: list[Projection], down: Projection, act: tuple[Any, ...], hidden: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+    compiled: bool,
+) -> Tensor:  # fmt: skip
+    """The result by a loop over the experts.  What is projected up by more than one projection is put side by side."""
+    num_out, widths = down.columns, [projection.columns for projection in gate_up]
+    rows = sort_picks(topk_ids, len(down.weights))
     if rows is None:
-        return hidden.new_zeros(len(hidden), layer.w_down.shape[1])
+        return hidden.new_zeros(len(hidden), num_out)
     token = torch.from_numpy(rows.row_to_token)
-    outputs = hidden.new_empty(len(token), layer.w_down.shape[1])
+    outputs = hidden.new_empty(len(token), num_out)
     longest = int((rows.runs[:, 2] - rows.runs[:, 1]).max())
-    gate_up = hidden.new_empty(longest, layer.w_gate_up.shape[1])  # stays in the cache
+    projected = hidden.new_empty(longest, sum(widths))  # stays in the cache
     for expert, start, stop in rows.runs.tolist():
-        of_expert = gate_up[: stop - start]
-        _linear(hidden.index_select(0, token[start:stop]), layer.w_gate_up, layer.b_gate_up, expert, of_expert)
-        inner = reference.activate_gate_up(of_expert, *layer.act)
-        _linear(inner, layer.w_down, layer.b_down, expert, outputs[start:stop])
+        x, of_expert = hidden.index_select(0, token[start:stop]), projected[: stop - start]
+        for projection, part in zip(gate_up, of_expert.split(widths, 1), strict=True):
+            projection(x, expert, part)
+        down(reference.activate_gate_up(of_expert, *act), expert, outputs[start:stop])
     tables = outputs, torch.from_numpy(rows.pick_to_row), topk_weights
-    result = _call(_sum_of_picks, (), tables) if layer.is_compiled else None
+    result = _call(_sum_of_picks, (), tables) if compiled else None
     return _bagged(*tables) if result is None else result
-
-
-def _linear(x: Tensor, weights: Tensor, biases: Tensor | None, expert: int, result: Tensor) -> None:
-    """result [R, N] = x [R, H] times an expert's weight, [N, H], and its bias."""
-    if x.dtype == torch.float16:  # many times faster in float32, where a machine lacks instructions for it
-        result.copy_(x.float() @ weights[expert].float().mT)
-    elif x.dtype == torch.float32 and weights.shape[1] % SLICES == 0:  # slices for the threads to share: half as fast without
-        slices = weights[expert].unflatten(0, (SLICES, -1)).mT  # [SLICES, H, N / SLICES]
-        result.unflatten(1, (SLICES, -1)).copy_(torch.bmm(x.expand(SLICES, *x.shape), slices).transpose(0, 1))
-    else:
-        torch.mm(x, weights[expert].mT, out=result)
-    if biases is not None:
-        result += biases[expert]
 
 
 def fused_experts(
@@ -404,7 +430,37 @@ def fused_experts(
     hidden, topk_weights = hidden.contiguous(), topk_weights.contiguous()  # as what is compiled expects them
     with torch.no_grad():
         result = _compiled_mixture(layer, hidden, topk_weights, topk_ids)
-        return _looped(layer, hidden, topk_weights, topk_ids) if result is None else result
+        if result is not None:
+            return result
+        gate_up, down = Projection(w_gate_up, b_gate_up), Projection(w_down, b_down)
+        return _looped([gate_up], down, layer.act, hidden, topk_weights, topk_ids, layer.is_compiled)
+
+
+def separate_experts(
+    hidden: Tensor,
+    w_gate: list[Tensor],
+    w_up: list[Tensor],
+    w_down: list[Tensor],
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    b_gate: list[Tensor],
+    b_up: list[Tensor],
+    b_down: list[Tensor],
+    activation: str = "silu",
+    gated: str = "concatenated",
+    transposed: bool = False,
+    alpha: float = 1.702,
+    limit: float | None = None,
+) -> Tensor:
+    """See ``reference.separate_experts``.  Nothing is put together: what is not picked is not read."""
+    act = activation, gated, alpha, limit
+    if np is None:
+        parts = w_gate, w_up, w_down, topk_weights, topk_ids, b_gate, b_up, b_down
+        return reference.separate_experts(hidden, *parts, activation, gated, transposed, alpha, limit)
+    gate_up = [Projection.of_parts(w, b, transposed) for w, b in ((w_gate, b_gate), (w_up, b_up)) if w]
+    down = Projection.of_parts(w_down, b_down, transposed)
+    with torch.no_grad():
+        return _looped(gate_up, down, act, hidden, topk_weights, topk_ids, compiled=False)
 
 
 def experts_by_pick(

@@ -288,3 +288,52 @@ def fused_experts(
         output = torch.nn.functional.linear(intermediate, downs[e], None if b_down is None else b_down[e])
         out = out.index_add(0, tokens, output.to(wide) * weights[:, None])
     return out.to(hidden.dtype)
+
+
+def separate_experts(
+    hidden: Tensor,
+    w_gate: list[Tensor],
+    w_up: list[Tensor],
+    w_down: list[Tensor],
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    b_gate: list[Tensor],
+    b_up: list[Tensor],
+    b_down: list[Tensor],
+    activation: str = "silu",
+    gated: str = "concatenated",
+    transposed: bool = False,
+    alpha: float = 1.702,
+    limit: float | None = None,
+) -> Tensor:
+    """``fused_experts`` where weights are kept apart: by expert, as modules of their own, or gate from up, or both.
+
+    Every list holds either one tensor stacked by expert, as ``fused_experts`` takes it, or a tensor for each expert.
+
+    Args:
+        hidden: [T, H], floating point.
+        w_gate: what gives the gate, [I, H] or stacked [E, I, H] ([H, I] where ``transposed``); with an empty ``w_up`` what
+            gives both, in the layout ``gated``, or, where that is ``none``, all there is.
+        w_up: as ``w_gate``, or empty.
+        w_down: [H_out, I], or stacked.
+        topk_weights: [T, K], floating point.
+        topk_ids: [T, K], int32 or int64.
+        b_gate, b_up, b_down: [I] and [H_out], or stacked; empty where there is none.  ``b_up`` goes with ``b_gate``.
+        activation, gated, transposed, alpha, limit: as for ``fused_experts``; with ``w_up``, ``gated`` is ``concatenated``.
+
+    Returns:
+        [T, H_out] in the dtype of ``hidden``.
+    """
+    w_gate_up, b_gate_up = _together(w_gate, 3), _together(b_gate, 2) if b_gate else None
+    if w_up:
+        w_gate_up = torch.cat((w_gate_up, _together(w_up, 3)), dim=2 if transposed else 1)
+    if w_up and b_gate_up is not None:
+        b_gate_up = torch.cat((b_gate_up, _together(b_up, 2)), dim=1)
+    biases = b_gate_up, _together(b_down, 2) if b_down else None
+    return fused_experts(
+        hidden, w_gate_up, _together(w_down, 3), topk_weights, topk_ids, *biases, activation, gated, transposed, alpha, limit
+    )
+
+
+def _together(parts: list[Tensor], rank: int) -> Tensor:
+    return parts[0] if parts[0].dim() == rank else torch.stack(parts)

@@ -166,9 +166,8 @@ class _Collector:
 
     def _watch_recognised(self, gm: fx.GraphModule, routing: Routing, experts: Experts, name: str) -> None:
         """Before the experts, run each of them on what they read, a chunk of tokens at a time."""
-        how = (experts.activation, experts.gated, experts.transposed, experts.alpha, experts.limit)
 
-        def observe(picks: Picks, hidden: Tensor, w_gate_up: Tensor, w_down: Tensor, *biases: Tensor | None) -> None:
+        def observe(picks: Picks, hidden: Tensor, *parts: Any) -> None:
             num_experts = routing.router.num_experts
             step = max(16, _CHUNK_BYTES // (4 * num_experts * hidden.shape[-1]))
             ids = torch.arange(num_experts, device=hidden.device)
@@ -176,15 +175,12 @@ class _Collector:
                 rows = slice(start, start + self._site(name).rows(step))
                 x = self._disturbed(hidden[rows], name)
                 one = torch.ones(len(x), 1, device=x.device)
-                outputs = [
-                    torch.ops.moe_fx.fused_experts(x, w_gate_up, w_down, one, e.expand(len(x), 1).contiguous(), *biases, *how)
-                    for e in ids
-                ]
+                outputs = [experts.op(*experts.arguments([*parts], x, one, e.expand(len(x), 1).contiguous())) for e in ids]
                 self._add(name, outputs, _per_pick(routing, picks), rows)
 
-        stacks = (experts.w_gate_up, experts.w_down, experts.b_gate_up, experts.b_down)
-        with gm.graph.inserting_after(experts.region.output):
-            gm.graph.call_function(observe, (self._picks(routing), experts.hidden, *stacks))
+        with gm.graph.inserting_before(experts.region.output.next):
+            parts = experts.parts(gm.graph)
+            gm.graph.call_function(observe, (self._picks(routing), experts.hidden, *parts))
 
     def _watch_region(self, gm: fx.GraphModule, routing: Routing, region: Region, name: str) -> None:
         """After the experts, run a copy of their region with every pick of every token on one expert."""

@@ -210,6 +210,55 @@ def _fake_fused_experts(
     return hidden.new_empty(hidden.shape[0], w_down.shape[2 if transposed else 1])
 
 
+def _check_separate_experts(
+    hidden: Tensor,
+    w_gate: list[Tensor],
+    w_up: list[Tensor],
+    w_down: list[Tensor],
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    b_gate: list[Tensor],
+    b_up: list[Tensor],
+    b_down: list[Tensor],
+    activation: str = "silu",
+    gated: str = "concatenated",
+    transposed: bool = False,
+    alpha: float = 1.702,
+    limit: float | None = None,
+) -> None:
+    _check_weighted_picks(topk_weights, topk_ids)
+    _check_one_of("activation", activation, reference.ACTIVATIONS)
+    _check_one_of("gated", gated, reference.GATED)
+    if hidden.dim() != 2 or hidden.shape[0] != topk_ids.shape[0]:
+        raise ValueError(f"hidden must be [{topk_ids.shape[0]}, features], but it is {list(hidden.shape)}: flatten its tokens")
+    if w_up and gated != "concatenated":
+        raise ValueError(f"with w_up, gated must be 'concatenated', but it is '{gated}': w_gate and w_up are the two halves")
+    if bool(b_up) != bool(b_gate and w_up):
+        raise ValueError("b_up must be given where w_up and b_gate are, and only there")
+    num_experts = len(w_down[0]) if w_down and w_down[0].dim() == 3 else len(w_down)
+    given = {"w_gate": w_gate, "w_up": w_up, "w_down": w_down, "b_gate": b_gate, "b_up": b_up, "b_down": b_down}
+    for name, parts in given.items():
+        if parts or name in ("w_gate", "w_down"):
+            _check_parts(name, parts, num_experts, 2 if name.startswith("w") else 1, hidden.dtype)
+
+
+def _check_parts(name: str, parts: list[Tensor], num_experts: int, rank: int, dtype: torch.dtype) -> None:
+    """One tensor stacked by expert, or a tensor for each."""
+    stacked = len(parts) == 1 and parts[0].dim() == rank + 1 and len(parts[0]) == num_experts
+    if not stacked and (len(parts) != num_experts or any(part.shape != parts[0].shape or part.dim() != rank for part in parts)):
+        raise ValueError(
+            f"{name} must be one tensor stacked by expert or {num_experts} tensors of {rank} dimensions and one shape, but it "
+            f"is {[list(part.shape) for part in parts[:3]]}: give each expert's"
+        )
+    if any(part.dtype != dtype for part in parts):
+        raise TypeError(f"{name} must have the dtype of hidden, {dtype}: cast one")
+
+
+def _fake_separate_experts(hidden: Tensor, w_gate: list[Tensor], w_up: list[Tensor], w_down: list[Tensor], *args: Any) -> Tensor:
+    transposed = args[7] if len(args) > 7 else False
+    return hidden.new_empty(hidden.shape[0], w_down[0].shape[-1 if transposed else -2])
+
+
 # Autograd
 
 
@@ -449,6 +498,18 @@ def _define_all() -> None:
         on_cpu=_fused_experts_backward,
         on_cuda=_fused_experts_backward,
         fake=_fake_fused_experts_backward,
+    )
+    _define(  # without a gradient: the passes keep away where one is needed
+        library,
+        "separate_experts",
+        "(Tensor hidden, Tensor[] w_gate, Tensor[] w_up, Tensor[] w_down, Tensor topk_weights, Tensor topk_ids, "
+        "Tensor[] b_gate, Tensor[] b_up, Tensor[] b_down, "
+        + settings.format('="silu"', '="concatenated"', "=False", "=1.702", "=None")
+        + ") -> Tensor",
+        _check_separate_experts,
+        on_cpu=experts_cpu.separate_experts,
+        on_cuda=reference.separate_experts,
+        fake=_fake_separate_experts,
     )
     _define_baselines(library)
     _LIBRARIES.append(library)

@@ -146,8 +146,16 @@ def _recognise(gm: fx.GraphModule, routing: Routing, settings: Settings) -> Expe
         return None
     region = find_region(routing)
     if region is not None:
-        return recognise(routing, region)
+        found = recognise(routing, region)
+        on_cpu = fake(routing.selection.ids).device.type == "cpu"
+        return _SEPARATE if isinstance(found, Experts) and found.separate and not on_cpu else found
     return "its experts' outputs never come together as one vector per token" if routing.experts is not None else None
+
+
+_SEPARATE = (
+    "its experts keep their weights apart, which are read so on CPUs only (store them as w_gate_up [E, 2 I, H] and w_down "
+    "[E, H, I] to have them fused)"
+)
 
 
 def _fuses_routing(gm: fx.GraphModule, rewritten: list[Routing], settings: Settings) -> bool:

@@ -9,6 +9,9 @@ Experts come in three forms.  Rows for picks (``Rows``): every pick's hidden sta
 (``Grid``): every expert runs on every token, and a matrix [T, E] of weights that is zero where nothing was picked weighs
 the sum over experts.  One by one (``Lone``): each expert runs on every token, and what is added up are E such terms.
 Both of the latter compute most of their products in vain, before the routing decision is even read.
+
+Experts one by one may be modules of their own.  Whose a parameter is, nothing says but the weight that its result meets:
+so such regions are read once more with every parameter taken for some expert's (``Own``).
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from moe_fx.passes.meanings import (
     One,
     Order,
     Output,
+    Own,
     OwnMatrix,
     Partial,
     Picked,
@@ -62,7 +66,11 @@ def recognise(routing: Routing, region: Region) -> Experts | str:
     problem = _unusable_decision(routing, region)
     if problem is not None:
         return problem
-    interpreter = _Interpreter(routing, region)
+    found = _recognise(_Interpreter(routing, region), routing, region)
+    return _recognise(_Interpreter(routing, region, own=True), routing, region) if found == _MODULES else found
+
+
+def _recognise(interpreter: _Interpreter, routing: Routing, region: Region) -> Experts | str:
     for node in region.nodes:
         if interpreter.meaning(node) is None:
             return _why_unknown(interpreter, node)
@@ -77,7 +85,7 @@ def recognise(routing: Routing, region: Region) -> Experts | str:
         return experts
     if len({g.dtype(n) for n in (experts.hidden, *experts.stacks)}) > 1:
         return "its experts' weights and input differ in dtype"
-    return experts
+    return experts if experts.alike else "its experts differ in size"
 
 
 def runs_our_op(routing: Routing) -> bool:
@@ -142,18 +150,19 @@ def _why_unknown(interpreter: _Interpreter, node: Node) -> str:
     while (inner := next((i for i in node.all_input_nodes if interpreter.lacks_meaning(i)), None)) is not None:
         node = inner
     meanings = [type(interpreter.meaning(i)) for i in node.all_input_nodes]
-    if op(node) == "mul" and Picked in meanings and Hidden in meanings:
-        return (
-            "its experts are modules of their own, whose weights one op cannot read without a copy of them all (keep them in "
-            "one parameter [E, ., .], as transformers 5 does, to have them fused)"
-        )
+    if op(node) == "mul" and Picked in meanings and Hidden in meanings and not interpreter.own:
+        return _MODULES
     return f"its experts' {op(node) or node.name} (node {node.name}) is not one that is known to be part of an MLP"
 
 
-class _Interpreter:
-    """Finds meanings, node by node, and remembers them."""
+_MODULES = "its experts are modules of their own"
 
-    def __init__(self, routing: Routing, region: Region) -> None:
+
+class _Interpreter:
+    """Finds meanings, node by node, and remembers them.  ``own``: experts have parameters of their own."""
+
+    def __init__(self, routing: Routing, region: Region, own: bool = False) -> None:
+        self.own = own
         self.top_k = routing.selection.k
         self.num_experts = routing.router.num_experts
         self.tokens, _ = (g.expression(d) for d in g.shape(routing.selection.ids) or ())
@@ -175,6 +184,8 @@ class _Interpreter:
         if node not in self._known:
             rule = _RULES.get(op(node)) if self._is_experts_own(node) else None
             found = rule(self, node) if rule is not None else None
+            if found is None and self._is_own(node):
+                found = Own(node)
             if found is None and node not in self._inside and self._has_a_row_for_each_token(node):
                 found = Hidden(node)
             self._known[node] = found
@@ -198,10 +209,13 @@ class _Interpreter:
         node = routing.router.hidden
         while node is not region.output:
             node = node.next
-            from_stack = any(i in found or self._is_leaf_stack(i) for i in node.all_input_nodes)
+            from_stack = any(i in found or self._is_leaf_stack(i) or self._is_own(i) for i in node.all_input_nodes)
             if from_stack and node.op == "call_function" and node not in self._inside:
                 found[node] = None
         return found
+
+    def _is_own(self, node: Node) -> bool:
+        return self.own and is_float(node) and g.is_parameter(node)
 
     def _is_leaf_stack(self, node: Node) -> bool:
         while op(node) in g.LAYOUT | {"select", "unbind", "getitem"}:
@@ -220,7 +234,7 @@ class _Interpreter:
 def _same(interpreter: _Interpreter, node: Node) -> Any:
     """f(x) = x: another layout or dtype of the same numbers, where a row stays a row."""
     meaning = interpreter.meaning(node.args[0])
-    if meaning is None or isinstance(meaning, (Hidden, One, StackedBias)):
+    if meaning is None or isinstance(meaning, (Hidden, One, Own, StackedBias)):
         return None  # a new layout of the experts' input is itself the input, unless a rule says what it is
     converts = g.dtype(node) != g.dtype(node.args[0]) and op(node) in g.CASTS
     if converts and (isinstance(meaning, OwnMatrix) or (isinstance(meaning, Numbers) and meaning.expression[0] != "weighted")):
@@ -513,9 +527,37 @@ def _weighted(node: Node, numbers: Numbers, weights: Any) -> Any:
         return result if ranks == {g.rank(node)} and columns == {1, g.size(node, -1)} else None
     if isinstance(numbers, Grid) and isinstance(weights, Gates):
         return result if _aligned(numbers.axes, weights.axes, {"T": "T", "E": "E", "F": "F", "C": "1", "1": "1"}) else None
-    if isinstance(numbers, Lone) and weights == Picked(numbers.expert, "column"):
-        return Partial(frozenset({numbers.expert}), result.expression)
+    if isinstance(numbers, Lone) and isinstance(weights, Picked) and weights.form == "column":
+        own: list[Node] = []
+        numbered = _numbered(result.expression, own) if numbers.expert is None else result.expression
+        fits = numbers.expert in (None, weights.expert)
+        return Partial(frozenset({weights.expert}), numbered, ((weights.expert, tuple(own)),)) if fits else None
     return None
+
+
+def _numbered(expression: tuple, own: list[Node]) -> tuple:
+    """The expression with numbers in the place of an expert's own parameters, which are collected in ``own``."""
+    if expression[0] == "input":
+        return expression
+    return tuple(_number(part, own) if isinstance(part, Node) else _numbered(part, own) if _is_expression(part) else part
+                 for part in expression)  # fmt: skip
+
+
+def _number(parameter: Node, own: list[Node]) -> tuple[str, int]:
+    if parameter not in own:
+        own.append(parameter)
+    return "own", own.index(parameter)
+
+
+def _of_all_experts(expression: tuple, own: dict[int, tuple[Node, ...]]) -> tuple:
+    """The expression with every expert's parameters, in order, in the place of the numbers."""
+    if expression[0] == "own":
+        return tuple(own[expert][expression[1]] for expert in sorted(own))
+    return tuple(_of_all_experts(part, own) if _is_expression(part) else part for part in expression)
+
+
+def _is_expression(part: object) -> bool:
+    return isinstance(part, tuple) and len(part) > 0 and isinstance(part[0], str)
 
 
 def _biased(interpreter: _Interpreter, node: Node, numbers: Numbers, bias: Any) -> Any:
@@ -529,6 +571,9 @@ def _biased(interpreter: _Interpreter, node: Node, numbers: Numbers, bias: Any) 
         stack, fits = bias.stack, _aligned(numbers.axes, bias.axes, {"T": "1", "E": "E", "C": "C", "1": "1"})
     if isinstance(numbers, Lone) and isinstance(bias, One):
         stack, fits = bias.stack, bias.expert == numbers.expert
+    if isinstance(numbers, Lone) and numbers.expert is None and isinstance(bias, Own) and g.rank(bias.node) == 1:
+        same = g.size(bias.node, 0) == g.size(node, -1)
+        return replace(numbers, expression=("biased", numbers.expression, bias.node)) if same else None
     if stack is None or not fits or g.rank(stack) != 2 or g.size(stack, 1) != g.size(node, -1):
         return None
     return replace(numbers, expression=("biased", numbers.expression, stack))
@@ -549,8 +594,10 @@ def _added(interpreter: _Interpreter, node: Node, first: Any, second: Any) -> An
         return None
     if first.experts & second.experts or first.expression != second.expression:
         return None
-    experts = first.experts | second.experts
-    return Output(first.expression) if len(experts) == interpreter.num_experts else Partial(experts, first.expression)
+    sums = Partial(first.experts | second.experts, first.expression, first.own + second.own)
+    if len(sums.experts) < interpreter.num_experts:
+        return sums
+    return Output(_of_all_experts(sums.expression, dict(sums.own)))
 
 
 # ---------------------------------------------------------------------------------------- every expert on every token
@@ -620,7 +667,7 @@ def _repeat_grid(interpreter: _Interpreter, node: Node) -> Any:
 def _permute(interpreter: _Interpreter, node: Node) -> Any:
     """Dimensions in another order."""
     meaning, order = interpreter.meaning(node.args[0]), g.axes_before(node)
-    if isinstance(meaning, One):
+    if isinstance(meaning, (One, Own)):
         return replace(meaning, turned=not meaning.turned) if order == [1, 0] else None
     if isinstance(meaning, (Grid, Gates)):
         return replace(meaning, axes="".join(meaning.axes[d] for d in order))
@@ -632,7 +679,7 @@ def _matmul(interpreter: _Interpreter, node: Node) -> Any:
     left, right = (interpreter.meaning(a) for a in node.args[:2])
     if isinstance(left, OwnMatrix) or isinstance(right, OwnMatrix):
         return _bmm(interpreter, node)
-    if isinstance(right, One):
+    if isinstance(right, (One, Own)):
         return _times_one(left, right, transposed=not right.turned)
     return _matmul_grid(interpreter, node)
 
@@ -681,17 +728,18 @@ def _unbind(interpreter: _Interpreter, node: Node) -> Any:
 def _linear(interpreter: _Interpreter, node: Node) -> Any:
     """x @ W[e].T + b[e]."""
     x, weight = (interpreter.meaning(a) for a in node.args[:2])
-    product = _times_one(x, weight, transposed=weight.turned) if isinstance(weight, One) else None
+    product = _times_one(x, weight, transposed=weight.turned) if isinstance(weight, (One, Own)) else None
     bias = argument(node, "bias", 2)
     return product if bias is None or product is None else _biased(interpreter, node, product, interpreter.meaning(bias))
 
 
-def _times_one(x: Any, weight: One, transposed: bool) -> Lone | None:
+def _times_one(x: Any, weight: One | Own, transposed: bool) -> Lone | None:
     """A row for each token, times one expert's matrix."""
-    if g.rank(weight.stack) != 3 or (isinstance(x, Lone) and x.expert != weight.expert):
+    expert, stack, rank = (weight.expert, weight.stack, 3) if isinstance(weight, One) else (None, weight.node, 2)
+    if g.rank(stack) != rank or (isinstance(x, Lone) and x.expert != expert):
         return None
     expression = x.expression if isinstance(x, Lone) else ("input", x.node) if isinstance(x, Hidden) else None
-    return Lone(weight.expert, ("times", expression, weight.stack, transposed)) if expression is not None else None
+    return Lone(expert, ("times", expression, stack, transposed)) if expression is not None else None
 
 
 def _stacked(interpreter: _Interpreter, node: Node) -> Any:

@@ -112,6 +112,14 @@ class One:
 
 
 @dataclass(frozen=True)
+class Own:
+    """A parameter of one expert alone: a matrix or a bias.  Which expert's it is, is seen where its result is weighted."""
+
+    node: Node
+    turned: bool = False
+
+
+@dataclass(frozen=True)
 class Unstacked:
     """A stack taken apart: a tuple of all experts' slices."""
 
@@ -120,9 +128,9 @@ class Unstacked:
 
 @dataclass(frozen=True)
 class Lone:
-    """A row for each token, made by one expert."""
+    """A row for each token, made by one expert: by its slices of stacks, or, if that is None, by parameters of its own."""
 
-    expert: int
+    expert: int | None
     expression: tuple
 
 
@@ -136,10 +144,14 @@ class Picked:
 
 @dataclass(frozen=True)
 class Partial:
-    """Each token's sum over some experts, each weighted by the token's weight for it."""
+    """Each token's sum over some experts, each weighted by the token's weight for it.
+
+    Parameters of their own are numbered in the expression, and ``own`` holds them, by expert.
+    """
 
     experts: frozenset[int]
     expression: tuple
+    own: tuple[tuple[int, tuple[Node, ...]], ...] = ()
 
 
 @dataclass(frozen=True)

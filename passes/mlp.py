@@ -1,6 +1,6 @@
 """What an expert computes, written as an expression, as arguments of ``moe_fx::fused_experts``.
 
-An expression is a nested tuple: an op's name, its operands and its other arguments.  Three names are ours: ``input`` (the
+An expression is a nested tuple: an op's name, its operands and its other arguments.  Some names are ours: ``input`` (the
 experts' input), ``times`` (the row times its own expert's matrix of a stack; transposed or not), ``biased`` and
 ``weighted``; ``half`` is a part of a row, in a layout.  ``fuse_experts`` writes expressions, this file reads them.
 """
@@ -12,10 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
+import torch
+from torch import fx
 from torch.fx.node import Node
 
+from moe_fx.passes import graph as g
 from moe_fx.passes.graph import op
 from moe_fx.passes.region import Region
+
+#: All experts' weights: one tensor stacked by expert, or each expert's own, in order.
+Stack = Node | tuple[Node, ...]
 
 
 @dataclass(frozen=True)
@@ -24,25 +30,68 @@ class Experts:
 
     ``w_gate_up`` is [E, G, H] and ``w_down`` [E, H, I], or both with their last two axes exchanged (``transposed``).
     Where only ``w_down`` has them the other way round, the rewrite has to turn it (``turned``), which is a view.
+
+    Where experts keep weights of their own, or gate and up as two parameters (``w_gate_up`` the gate, and ``w_up``), the op
+    is ``moe_fx::separate_experts``.
     """
 
     region: Region
     hidden: Node
-    w_gate_up: Node
-    w_down: Node
-    b_gate_up: Node | None
-    b_down: Node | None
+    w_gate_up: Stack
+    w_down: Stack
+    b_gate_up: Stack | None
+    b_down: Stack | None
     activation: str
     gated: str
     transposed: bool
     alpha: float
     limit: float | None
     turned: bool = False
+    w_up: Stack | None = None
+    b_up: Stack | None = None
+
+    @property
+    def separate(self) -> bool:
+        """Whether the weights are kept apart."""
+        return self.w_up is not None or isinstance(self.w_down, tuple)
+
+    @property
+    def alike(self) -> bool:
+        """Whether matrices that experts keep for themselves have one shape."""
+        given = (self.w_gate_up, self.w_up, self.w_down, self.b_gate_up, self.b_up, self.b_down)
+        return all(g.same_shape(n, stack[0]) for stack in given if isinstance(stack, tuple) for n in stack)
+
+    @property
+    def op(self) -> Any:
+        """The op that computes them."""
+        return (torch.ops.moe_fx.separate_experts if self.separate else torch.ops.moe_fx.fused_experts).default
 
     @property
     def stacks(self) -> list[Node]:
         """The parameters that the op reads."""
-        return [n for n in (self.w_gate_up, self.w_down, self.b_gate_up, self.b_down) if n is not None]
+        given = (self.w_gate_up, self.w_up, self.w_down, self.b_gate_up, self.b_up, self.b_down)
+        return [n for stack in given if stack is not None for n in (stack if isinstance(stack, tuple) else [stack])]
+
+    def parts(self, graph: fx.Graph) -> list[Any]:
+        """The op's arguments that are weights, then those that are biases; nodes that turn weights go into ``graph``."""
+        w_down = [_turned(graph, w) for w in _listed(self.w_down)] if self.turned else _listed(self.w_down)
+        if not self.separate:
+            return [self.w_gate_up, *w_down, self.b_gate_up, self.b_down]
+        return [_listed(self.w_gate_up), _listed(self.w_up), w_down, *map(_listed, (self.b_gate_up, self.b_up, self.b_down))]
+
+    def arguments(self, parts: list[Any], hidden: Any, weights: Any, ids: Any) -> tuple[Any, ...]:
+        """All of the op's arguments, of nodes or of tensors."""
+        half = len(parts) // 2
+        how = self.activation, self.gated, self.transposed, self.alpha, self.limit
+        return (hidden, *parts[:half], weights, ids, *parts[half:], *how)
+
+
+def _listed(stack: Stack | None) -> list[Node]:
+    return [] if stack is None else [*stack] if isinstance(stack, tuple) else [stack]
+
+
+def _turned(graph: fx.Graph, weight: Node) -> Node:
+    return g.call(graph, torch.ops.aten.transpose.int, weight, -2, -1)
 
 
 def as_mlp(region: Region, expression: tuple) -> Experts | str:
@@ -55,53 +104,45 @@ def as_mlp(region: Region, expression: tuple) -> Experts | str:
     _, activated, w_down, down_transposed = inner
     found = next((f for match in _ACTIVATIONS if (f := match(activated)) is not None), None)
     if found is None:
-        return _unknown_activation(activated)
+        return "its experts' activation is not one that is known"
     gate_up, kind = found
-    projected, b_gate_up = _unbias(gate_up)
-    if projected[0] != "times" or projected[1][0] != "input":
+    projections = [_unbias(projected) for projected in (gate_up[1:] if gate_up[0] == "apart" else [gate_up])]
+    if any(projected[0] != "times" or projected[1][0] != "input" for projected, _ in projections):
         return "its experts do not begin with one projection of their input"
-    _, (_, hidden), w_gate_up, transposed = projected
+    (gate, b_gate), (up, b_up) = projections[0], projections[-1]
+    _, (_, hidden), w_gate, transposed = gate
+    apart = {"w_up": up[2], "b_up": b_up} if len(projections) == 2 else {}
     turned = transposed != down_transposed
-    found_experts = Experts(region, hidden, w_gate_up, w_down, b_gate_up, b_down, **kind, transposed=transposed, turned=turned)
-    return _stacked_as_stored(found_experts)
+    experts = Experts(region, hidden, w_gate, w_down, b_gate, b_down, **kind, transposed=transposed, turned=turned, **apart)
+    return _stacked_as_stored(experts)
 
 
-def _unknown_activation(activated: tuple) -> str:
-    products = [o for part in _parts(activated) for o in [_unbias(part)[0]] if o[0] == "times"]
-    if len({p[2] for p in products}) > 1:
-        return "its experts keep gate and up as two parameters (store them as one, [E, 2 I, H], to have them fused)"
-    return "its experts' activation is not one that is known"
-
-
-def _parts(expression: tuple) -> list[tuple]:
-    """An expression and what it is made of, down to the first projections."""
-    if expression[0] in ("times", "biased"):
-        return [expression]
-    return [expression, *(p for o in expression[1:] if isinstance(o, tuple) and o for p in _parts(o))]
-
-
-def _unbias(expression: tuple) -> tuple[tuple, Node | None]:
+def _unbias(expression: tuple) -> tuple[tuple, Stack | None]:
     return (expression[1], expression[2]) if expression[0] == "biased" else (expression, None)
 
 
 def _stacked_as_stored(experts: Experts) -> Experts:
     """Both matrices by the tensors the model stores, where the graph reads both through a transpose."""
     w_gate_up, w_down = _untransposed(experts.w_gate_up), _untransposed(experts.w_down)
-    if experts.turned or w_gate_up is None or w_down is None:
+    if experts.separate or experts.turned or w_gate_up is None or w_down is None:
         return experts
     return replace(experts, w_gate_up=w_gate_up, w_down=w_down, transposed=not experts.transposed)
 
 
-def _untransposed(stack: Node) -> Node | None:
+def _untransposed(stack: Stack) -> Node | None:
+    if isinstance(stack, tuple):
+        return None
     swaps = op(stack) == "transpose" and set(stack.args[1:3]) in ({-2, -1}, {1, 2})
     return stack.args[0] if swaps and isinstance(stack.args[0], Node) else None
 
 
 def _halves(gate: tuple, up: tuple) -> tuple[tuple, str] | None:
-    """(gate_up, layout) when gate and up are the two parts of one projection."""
+    """(gate_up, layout) when gate and up are the two parts of one projection, or two alike of one input."""
     if gate[0] == up[0] == "half" and gate[1] == up[1] and gate[2:] == (0, up[3]) and up[2] == 1:
         return gate[1], up[3]
-    return None
+    (first, bias), (second, other) = _unbias(gate), _unbias(up)
+    alike = first[0] == second[0] == "times" and first[1] == second[1] and first[3] == second[3]
+    return (("apart", gate, up), "concatenated") if alike and (bias is None) == (other is None) else None
 
 
 def _clamp_bounds(expression: tuple) -> tuple[tuple, float | None, float | None]:

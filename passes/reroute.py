@@ -238,10 +238,8 @@ def _keep_own(graph: fx.Graph, decision: Decision) -> Decision:
 def _replace_experts(graph: fx.Graph, decision: Decision, experts: Experts) -> None:
     """One op in the place of the experts region."""
     (weights,) = decision.weights
-    w_down = g.call(graph, aten.transpose.int, experts.w_down, 1, 2) if experts.turned else experts.w_down
-    args = (experts.hidden, experts.w_gate_up, w_down, weights, decision.ids, experts.b_gate_up, experts.b_down)
-    how = (experts.activation, experts.gated, experts.transposed, experts.alpha, experts.limit)
-    result = g.call(graph, torch.ops.moe_fx.fused_experts.default, *args, *how)
+    args = experts.arguments(experts.parts(graph), experts.hidden, weights, decision.ids)
+    result = g.call(graph, experts.op, *args)
     old = experts.region.output
     if g.dtype(old) != g.dtype(result):
         result = g.call(graph, aten.to.dtype, result, g.dtype(old))

@@ -33,6 +33,14 @@ def transposed(inputs):
     return (inputs[0], *(weight.mT.contiguous() for weight in inputs[1:3]), *inputs[3:])
 
 
+def kept_apart(inputs):
+    """The same experts, each with weights of its own, and gate apart from up."""
+    hidden, w_gate_up, w_down, weights, ids, b_gate_up, b_down = inputs
+    (w_gate, w_up), (b_gate, b_up) = w_gate_up.chunk(2, dim=1), b_gate_up.chunk(2, dim=1)
+    each = [[*t.clone().unbind()] for t in (w_gate, w_up, w_down, b_gate, b_up, b_down)]
+    return (hidden, *each[:3], weights, ids, *each[3:])
+
+
 def samples(num_tokens: int = 5, ids_dtype: torch.dtype = torch.int64) -> dict[str, tuple[object, ...]]:
     weights, ids = random_routing(num_tokens, 4, 9, off=0.3, ids_dtype=ids_dtype)
     similarity = random_similarity(9)
@@ -43,6 +51,8 @@ def samples(num_tokens: int = 5, ids_dtype: torch.dtype = torch.int64) -> dict[s
         "fused_experts.grad": tuple(t.clone().requires_grad_(t.is_floating_point()) for t in experts),
         "fused_experts.settings": (*transposed(experts), "gelu", "interleaved", True, 1.0, 0.5),
         "fused_experts.one grad": (experts[0], experts[1].clone().requires_grad_(), *experts[2:5], None, experts[6]),
+        "separate_experts": kept_apart(experts),
+        "separate_experts.stacked": (experts[0], [experts[1]], [], [experts[2]], *experts[3:5], [], [], [experts[6]], "gelu"),
         "sere_reroute": (ids, similarity, 2, 0.1),
         "sere_reroute.mask": (ids, similarity, 1, 0.0, random_valid_tokens(num_tokens, "mask"), 100),
         "sere_reroute.count": (ids, similarity, 1, 0.0, random_valid_tokens(num_tokens, "count"), None),
@@ -67,8 +77,8 @@ def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def equal(op: str, got: Tensor, want: Tensor) -> bool:
-    """To the bit, but for the one op that adds products."""
-    return torch.allclose(got, want, **tolerance(want.dtype)) if op == "fused_experts" else torch.equal(got, want)
+    """To the bit, but for the ops that add products."""
+    return torch.allclose(got, want, **tolerance(want.dtype)) if op.endswith("_experts") else torch.equal(got, want)
 
 
 @pytest.mark.parametrize("name", samples())

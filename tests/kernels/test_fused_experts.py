@@ -198,6 +198,34 @@ def test_on_cpu_equals_the_reference(data):
     check(on_cpu, draw_case(data, [0, 1, 2, 5, 17]))
 
 
+def apart(weight: Tensor | None, stacked: bool) -> list[Tensor]:
+    return [] if weight is None else [weight] if stacked else [*weight.unbind()]
+
+
+def halves(gate_up: Tensor | None, case: Case) -> tuple[Tensor | None, Tensor | None]:
+    if gate_up is None:
+        return None, None
+    gate, up = gate_up.chunk(2, dim=-1 if case.transposed or gate_up.dim() == 2 else 1)
+    return gate, up
+
+
+@given(data=st.data())
+@settings(max_examples=3 * settings.default.max_examples)
+def test_weights_kept_apart_equal_the_reference(data):
+    """By expert, or gate from up, or both; what nobody picked is NaN."""
+    case = draw_case(data, [0, 1, 2, 5, 17])
+    hidden, w_gate_up, w_down, weights, ids, b_gate_up, b_down = case.tensors()
+    splits = case.gated == "concatenated" and data.draw(st.booleans())
+    (w_gate, w_up), (b_gate, b_up) = (halves(t, case) if splits else (t, None) for t in (w_gate_up, b_gate_up))
+    lists = [apart(t, data.draw(st.booleans())) for t in (w_gate, w_up, w_down, b_gate, b_up, b_down)]
+    args = (hidden, *lists[:3], weights, ids, *lists[3:], *case.settings())
+    expected = by_reference(case.tensors(), case.settings())
+    for result in (reference.separate_experts(*args), torch.ops.moe_fx.separate_experts(*args)):
+        assert result.dtype == case.dtype
+        assert result.is_contiguous()
+        torch.testing.assert_close(result, expected, **tolerance(case.dtype))
+
+
 @given(data=st.data())
 def test_by_triton_equals_the_reference(data):
     check(by_triton, draw_case(data, [0, 1, 5]))
