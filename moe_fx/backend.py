@@ -13,8 +13,9 @@ from torch import Tensor, fx, nn
 
 from moe_fx.apart import compiled_apart, uncompiled
 from moe_fx.inner import INNER, INNER_OPTIONS, OptionError, inner_compiler
+from moe_fx.owner import routers_with_lists
 from moe_fx.passes.bind import watched_outputs
-from moe_fx.pipeline import Settings, run
+from moe_fx.pipeline import UNCOMPILED, Settings, run
 from moe_fx.policy import BEAM, Policy, from_config
 from moe_fx.report import Report
 from moe_fx.site import Skip
@@ -159,6 +160,9 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     compiled_apart(model, lambda gm, inputs: _compile(gm, inputs, settings, inner, report))(*args, **kwargs)
     if not report.graphs:
         report.add([], [Skip("", _NOTHING_CAPTURED)])
+    elif isinstance(root := uncompiled(model)[0], nn.Module):
+        unseen = [name for name, _ in routers_with_lists(root) if not report.mentions(name)]
+        report.add([], [Skip(name, UNCOMPILED, routing=True) for name in unseen])
     _Latest.report = report
     _forget()
     return report

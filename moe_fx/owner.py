@@ -14,7 +14,7 @@ from torch.fx.node import Node
 
 from moe_fx.passes.graph import source_name
 from moe_fx.site import Layers, Site, normal_name
-from moe_fx.tables import parameter_name, roots_on_stack, tensors
+from moe_fx.tables import modules_on_stack, parameter_name, roots_on_stack, tensors
 
 
 class SiteOwner(Protocol):
@@ -157,6 +157,36 @@ def _holds_experts(block: nn.Module, router_weight: Tensor | None, num_experts: 
         if says and len(own) >= 2 and all(in_rows):
             return True
     return False
+
+
+def uncompiled_routers() -> list[str]:
+    """Paths of modules with a list of experts whose forward selects, and is running as it was written.
+
+    While a graph of one of their experts is compiled, that means that Dynamo gave up their own code.
+    """
+    root = next(iter(roots_on_stack()), nn.Module())
+    running = {id(m) for m, code in modules_on_stack() if getattr(type(m).forward, "__code__", None) is code}
+    return [name for name, module in routers_with_lists(root) if id(module) in running]
+
+
+def routers_with_lists(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules below ``root`` whose code selects and which hold a list of experts, and their paths."""
+    for name, module in root.named_modules():
+        kind: type = type(module)
+        if _lists_experts(module) and _selects(kind):
+            yield normal_name(name), module
+
+
+def _lists_experts(block: nn.Module) -> bool:
+    lists = [child for child in block.children() if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and len(child) > 1]
+    return any(len({type(module) for module in children.children()}) == 1 for children in lists)
+
+
+@functools.cache
+def _selects(kind: type) -> bool:
+    """Whether a method of a module's class calls ``topk`` or the like."""
+    calls = (word.func for word in _statements(kind) if isinstance(word, ast.Call))
+    return any(isinstance(f, ast.Attribute) and f.attr in ("topk", "argsort", "argmax", "sort") for f in calls)
 
 
 @functools.cache

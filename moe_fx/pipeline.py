@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from moe_fx.owner import ModuleOwner, SiteOwner
+from moe_fx.owner import ModuleOwner, SiteOwner, uncompiled_routers
 from moe_fx.passes.bind import Binder
 from moe_fx.passes.bodies import checkpointed_bodies, put_back, sites_in_bodies
 from moe_fx.passes.check import check
@@ -86,7 +87,11 @@ def run(gm: fx.GraphModule, settings: Settings, report: Report) -> fx.GraphModul
         new = _rewrite_graph(body, settings, report)
         rewritten = rewritten or new is not body
         put_back(gm, name, new)
-    return gm if rewritten and not selects(gm, inside=False) else _rewrite_graph(gm, settings, report)
+    result = gm if rewritten and not selects(gm, inside=False) else _rewrite_graph(gm, settings, report)
+    unseen = [Skip(name, UNCOMPILED, routing=True) for name in uncompiled_routers() if not report.mentions(name)]
+    _be_strict(settings, unseen)
+    report.add([], unseen)
+    return result
 
 
 def _rewrite_graph(gm: fx.GraphModule, settings: Settings, report: Report) -> fx.GraphModule:
@@ -152,6 +157,11 @@ def _recognise(gm: fx.GraphModule, routing: Routing, settings: Settings) -> Expe
     return "its experts' outputs never come together as one vector per token" if routing.experts is not None else None
 
 
+UNCOMPILED = (
+    "Dynamo gave up the code that selects its experts, as it does where a graph breaks inside a loop: it runs uncompiled, and "
+    "whatever it routes was left alone (torch._dynamo.config.capture_dynamic_output_shape_ops = True captures loops over experts "
+    "that look for their tokens; torch.compile(..., fullgraph=True) shows what else stands in the way)"
+)
 _SEPARATE = (
     "its experts keep their weights apart, which are read so on CPUs only (store them as w_gate_up [E, 2 I, H] and w_down "
     "[E, H, I] to have them fused)"
@@ -194,14 +204,17 @@ def _untouched(gm: fx.GraphModule, report: Report, skips: list[Skip], before: Co
 
 
 def _be_strict(settings: Settings, skips: list[Skip]) -> None:
+    """An error where routers were left alone, or, if not strict, a warning where a policy was to change their picks."""
     left: dict[str, list[str]] = {}
     for skip in skips:
         if skip.routing:
             left.setdefault(skip.reason, []).append(skip.name)
+    more = {why: f" and {len(names) - 1} more" if len(names) > 1 else "" for why, names in left.items()}
+    told = "; ".join(f"'{names[0]}'{more[why]} left alone: {why}" for why, names in left.items())
     if settings.strict and left:
-        more = {why: f" and {len(names) - 1} more" if len(names) > 1 else "" for why, names in left.items()}
-        told = [f"'{names[0]}'{more[why]} left alone: {why}" for why, names in left.items()]
-        raise UnrewrittenError("strict: " + "; ".join(told))
+        raise UnrewrittenError(f"strict: {told}")
+    if left and any(not isinstance(p, TopK) for p in settings.policies):
+        warnings.warn(f"moe_sparse could not apply {', '.join(p.describe() for p in settings.policies)}: {told}", stacklevel=2)
 
 
 def _sites(routing: Routing, layers: Layers, settings: Settings, experts: str) -> list[Site]:

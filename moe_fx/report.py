@@ -54,6 +54,11 @@ class Report:
         self.sites = list(by_name.values())
         self.skips += [s for s in skips if s not in self.skips]
 
+    def mentions(self, name: str) -> bool:
+        """Whether a site or a skip has this name, or stands inside of it."""
+        names = [*(site.name for site in self.sites), *(skip.name for skip in self.skips)]
+        return any(found == name or not name or found.startswith(f"{name}.") for found in names)
+
     def add_seconds(self, step: str, seconds: float) -> None:
         """Add to the time of a step."""
         self.seconds[step] = self.seconds.get(step, 0.0) + seconds

@@ -12,6 +12,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import CodeType
 
 import torch
 from torch import Tensor, nn
@@ -27,15 +28,23 @@ def roots_on_stack() -> list[nn.Module]:
     outermost module whose forward is running.
     """
     modules, compiled = [], []
-    frame = sys._getframe(1)
-    while frame is not None:
-        module = frame.f_locals.get("self") if "self" in frame.f_code.co_varnames[:1] else None
+    for module, _ in modules_on_stack():
         if isinstance(module, torch._dynamo.OptimizedModule):
             compiled.append(module._orig_mod)
-        elif isinstance(module, nn.Module) and not isinstance(module, torch.fx.GraphModule):
+        else:
             modules.append(module)
-        frame = frame.f_back  # type: ignore[assignment]
     return list({id(m): m for m in [*compiled[:1], *modules[-1:], *compiled[1:]]}.values())
+
+
+def modules_on_stack() -> Iterator[tuple[nn.Module, CodeType]]:
+    """Modules whose methods are running, innermost first, and the code that runs: a method's own, or what Dynamo made of it."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        first = frame.f_code.co_varnames[0] if frame.f_code.co_argcount else ""  # mostly "self"
+        module = frame.f_locals.get(first)
+        if isinstance(module, nn.Module) and not isinstance(module, torch.fx.GraphModule):
+            yield module, frame.f_code
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 def parameter_name(root: nn.Module, tensor: Tensor) -> str | None:

@@ -139,3 +139,69 @@ def test_an_experts_second_pick_goes_to_one_that_is_active() -> None:
     with torch.no_grad():
         ids, _ = layer.route(x)
     assert ran == set(reference.sere_reroute(ids, similarity, 1, 0.0).flatten().tolist())
+
+
+class Expert(torch.nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class LooksForItsTokens(layers.LoopOverExperts):
+    """As Mixtral did: how many tokens an expert has depends on the picks, and Dynamo gives the whole function up."""
+
+    def __init__(self, expert: type[torch.nn.Sequential]) -> None:
+        super().__init__()
+        self.experts = torch.nn.ModuleList(expert(*old) for old in self.experts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = torch.topk(self.router(x).softmax(-1), layers.K, dim=-1)
+        masks = torch.nn.functional.one_hot(ids, layers.E).permute(2, 1, 0)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            place, rows = torch.where(masks[e])
+            out.index_add_(0, rows, expert(x[rows]) * weights[rows, place, None])
+        return out
+
+
+class Around(torch.nn.Module):
+    def __init__(self, expert: type[torch.nn.Sequential] = Expert) -> None:
+        super().__init__()
+        self.moe = LooksForItsTokens(expert)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.moe(x)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_router_in_code_that_dynamo_gave_up_is_told(strict: bool) -> None:
+    model, x = Around().eval(), torch.randn(5, H, generator=torch.Generator().manual_seed(2))
+    table = moe_fx.Artifact({"moe": {"similarity": torch.rand(layers.E, layers.E)}})
+    options = {"policy": moe_fx.SERE(table, primary=1), "inner": "eager", "strict": strict}
+    step = torch.compile(model, backend="moe_sparse", options=options)
+    with torch.no_grad():
+        if strict:
+            with pytest.raises(Exception, match="strict: 'moe' left alone: Dynamo gave up"):
+                step(x)
+            return
+        with pytest.warns(UserWarning, match=r"could not apply SERE\(primary=1.*'moe' left alone: Dynamo gave up"):
+            assert torch.equal(step(x), model(x))
+    assert [skip.name for skip in moe_fx.last_report().skips if "Dynamo gave up" in skip.reason] == ["moe"]
+
+
+def test_explain_tells_of_it_even_where_no_graph_has_anything_of_it() -> None:
+    """PyTorch's own modules are never compiled by themselves."""
+    report = moe_fx.explain(Around(torch.nn.Sequential).eval(), torch.randn(5, H))
+    assert [(skip.name, "Dynamo gave up" in skip.reason) for skip in report.skips] == [("moe", True)]
+
+
+def test_a_loop_that_dynamo_captures_is_rewritten() -> None:
+    model, x = Around().eval(), torch.randn(5, H, generator=torch.Generator().manual_seed(2))
+    masks = torch.randn(layers.E, H, generator=torch.Generator().manual_seed(3))
+    options = {"policy": moe_fx.BEAM(moe_fx.Artifact({"moe": {"mask_router": masks}})), "inner": "eager", "strict": True}
+    with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        got = torch.compile(model, backend="moe_sparse", options=options)(x)
+        weights, ids = torch.topk(model.moe.router(x).softmax(-1), layers.K, dim=-1)
+        weights, ids = reference.beam_mask(weights, ids, x @ masks.T, 0.5)
+        want = x + model.moe.run(x, ids.clamp(min=0), weights)
+    torch.testing.assert_close(got, want, **tolerance(torch.float32))
+    assert [site.name for site in moe_fx.last_report().sites] == ["moe"]
