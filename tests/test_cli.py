@@ -316,6 +316,41 @@ def test_a_full_disk_leaves_the_old_file(folder: Path, tmp_path: Path, what: str
     assert [p.name for p in tmp_path.iterdir()] == [out.name]
 
 
+def test_a_model_that_reads_images_too(folder: Path, tmp_path: Path) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 24, "head_dim": 8, "vocab_size": 64,
+             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 6,
+             "num_experts_per_tok": 2}  # fmt: skip
+    images = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32,
+              "deepstack_visual_indexes": [0]}  # fmt: skip
+    config = transformers.Qwen3VLMoeConfig(text_config=sizes, vision_config=images)
+    model = transformers.Qwen3VLMoeForConditionalGeneration(config)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.1)
+    model.save_pretrained(tmp_path / "model")
+    transformers.AutoTokenizer.from_pretrained(folder / "model").save_pretrained(tmp_path / "model")
+    data, artifact = ["--data", folder / "data.jsonl"], tmp_path / "o.safetensors"
+    result = run("calibrate", tmp_path / "model", *data, "--tokens", 32, "--length", 16, "--out", artifact, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["sites"] == [f"model.language_model.layers.{i}.mlp" for i in range(2)]
+    result = run("eval", tmp_path / "model", *data, "--artifact", artifact, "--policy", "sere:primary=1", "--batch", 3,
+                 "--context", 4, "--groups", 1, "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    full, sere = json.loads(result.stdout)["rows"]
+    assert sere["active_experts_per_layer"] < full["active_experts_per_layer"]
+
+
+def test_a_model_that_does_not_continue_texts_is_told(folder: Path, tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    result = run("inspect", tmp_path, "--json")
+    assert result.exit_code == 1
+    assert "has no class for its kind that continues a text" in json.loads(result.stdout)["error"]
+
+
 def test_a_local_model_needs_no_network(folder: Path) -> None:
     with mock.patch("socket.socket.connect", side_effect=AssertionError("the network was used")):
         assert run("inspect", folder / "model", "--json").exit_code == 0
