@@ -267,7 +267,8 @@ class _Collector:
         header, tensors = read_safetensors(file)
         if header.get("key") != json.dumps(self._key(model)):
             raise CalibrationError(
-                f"{file} is the checkpoint of another calibration (another model, metric or setting): delete it, or name another"
+                f"{file} is the checkpoint of another calibration (another model, weights, metric or setting): delete it, or "
+                "name another"
             )
         for key, tensor in tensors.items():
             name, _, part = key.rpartition("/")
@@ -275,7 +276,7 @@ class _Collector:
         return int(header["count"])
 
     def _key(self, model: nn.Module) -> list[object]:
-        return [self.metric, self.folds, self.noise_seed, model_identity(model)]
+        return [self.metric, self.folds, self.noise_seed, model_identity(model), weights_sample(model)]
 
     def require_sites(self, model: nn.Module) -> None:
         """Stop where there is nothing to sum up, or experts that cannot be run one by one."""

@@ -9,8 +9,10 @@ import hashlib
 import json
 import math
 import os
+import re
 import statistics
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -41,6 +43,8 @@ _EXPECTED = (InputError, ArtifactError, CalibrationError, EvaluationError, TuneE
              beam.BeamError)  # fmt: skip
 _RESAMPLES = 1000  # tell a standard error to 2%; lm-eval's own 100,000 take longer than a small task
 _LARGEST_SEED = 2**32 - 1
+_READ_ARTIFACTS = (SERE.name, BEAM.name, ExFold.name, StaticPrune.name)
+_LINE_SECONDS = 30.0  # between two lines of progress in a log
 _STABLE_SPREAD = 0.02  # the standard error of a similarity above which more tokens are advised
 
 app = typer.Typer(help="Know and tune your Mixture-of-Experts model.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -77,17 +81,18 @@ def _command(function: Callable[..., dict[str, Any]]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         as_json = bool(kwargs.get("as_json"))
-        warnings.filterwarnings("ignore", module=r"torch\..*")
+        warnings.filterwarnings("ignore", module=r"(torch|transformers)\..*")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
             with _unwrapped(), _named_extra():
                 _quiet_transformers()
-                result = function(*args, **kwargs)
+                places = {key: value.expanduser() for key, value in kwargs.items() if isinstance(value, Path)}
+                result = function(*args, **{**kwargs, **places})
         except (*_EXPECTED, OSError) as error:
             if as_json:
                 print(json.dumps({"error": str(error), "kind": type(error).__name__}))
             else:
-                _say(f"[bold red]error:[/] {_escaped(str(error))}")
+                _say(f"[bold red]error:[/] {_escaped(_in_one_line(str(error)))}")
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             _stderr().print("stopped")
@@ -133,7 +138,12 @@ def _check_places(*files: Path | None, plot: Path | None = None) -> None:
         raise InputError(f"--plot is {plot}: expected a file name that ends in {' or '.join(report.PLOTS)}")
     for file in (*files, plot):
         if file is not None:
-            check_writable(file.expanduser())
+            check_writable(file)
+
+
+def _in_one_line(text: str) -> str:
+    """Without the line breaks of a list of problems."""
+    return re.sub(r"\n\s*(- )?", "; ", re.sub(r":\n\s*- ", ": ", text.strip()))
 
 
 def _escaped(text: str) -> str:
@@ -156,13 +166,30 @@ def _stdout() -> Console:
 
 @contextmanager
 def _progress(what: str, total: int | None, as_json: bool) -> Iterator[Callable[[int, str], None]]:
-    """A bar on stderr with the time left; nothing where stderr is no terminal."""
+    """A bar on stderr with the time left, or a line now and then where stderr is no terminal."""
     console = _stderr()
+    if not as_json and not console.is_terminal:
+        yield _logged(what, total)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
                TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=console, transient=True, disable=as_json or not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=as_json) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done, now: bar.update(task, completed=done, description=f"{what}: {now}" if now else what)
+
+
+def _logged(what: str, total: int | None) -> Callable[[int, str], None]:
+    start = said = time.monotonic()
+
+    def advance(done: int, now: str) -> None:
+        nonlocal said
+        moment = time.monotonic()
+        if moment - said >= _LINE_SECONDS:
+            said = moment
+            left = f", {(moment - start) * (total - done) / done:.0f} s left" if total and done else ""
+            _say(_escaped(f"{what}{f': {now}' if now else ''}; {done}{f' of {total}' if total else ''}{left}"))
+
+    return advance
 
 
 # ---------------------------------------------------------------------------------------------------- calibrate
@@ -262,6 +289,9 @@ def inspect(
         artifact = Artifact.load(similarity).validate(net)
         matches = {name: _match_summary(kinds["similarity"]) for name, kinds in artifact.sites.items() if "similarity" in kinds}
         if plot is not None:
+            if not matches:
+                kinds = ", ".join(artifact.kinds)
+                raise InputError(f"{similarity} has only {kinds} and no similarity to draw: name a file of 'moe-fx calibrate'")
             report.draw_similarity(plot, artifact)
     if not as_json:
         _stdout().print(found)
@@ -312,7 +342,7 @@ def evaluate(
     _check_places(csv_file, plot=plot)
     net, tokenizer = inputs.load_model(model, device, dtype)
     table = None if artifact is None else Artifact.load(artifact).validate(net)
-    named = _distinctly_named(policy or [], table)
+    named = _distinctly_named(policy or [], table, net)
     documents = inputs.tokenized(inputs.read_documents([Path(d) for d in data]), tokenizer)
     task_manager = _load_tasks(lm_eval) if lm_eval else None
     rows: list[dict[str, Any]] = []
@@ -382,9 +412,12 @@ def comparison(artifact: Artifact | None, top_k: int, num_experts: int) -> list[
     return chosen
 
 
-def _distinctly_named(texts: Sequence[str], artifact: Artifact | None) -> list[tuple[str, tuple[Policy, ...]]]:
+def _distinctly_named(texts: Sequence[str], artifact: Artifact | None, net: nn.Module) -> list[tuple[str, tuple[Policy, ...]]]:
     """Each policy under its own description, with the text it was given as where two would be called the same."""
     made = [(text, _policy(text, artifact)) for text in texts]
+    for own in (getattr(p, "artifact", None) for _, policies in made for p in policies):
+        if own is not None and own is not artifact:
+            own.validate(net)  # a policy can name a file of its own
     named = [(" + ".join(p.describe() for p in policies), text, policies) for text, policies in made]
     called = [name for name, _, _ in named]
     return [(f"{name} {text}" if called.count(name) > 1 else name, policies) for name, text, policies in named]
@@ -401,10 +434,10 @@ def _policy(text: str, artifact: Artifact | None) -> tuple[Policy, ...]:
         name, _, settings = text.partition(":")
         config = {"name": name.strip()} | dict(_setting(text, part) for part in settings.split(",") if part.strip())
     listed: list[Any] = config if isinstance(config, list) else [config]
-    parts: list[dict[str, Any]] = [{"name": p} if isinstance(p, str) else dict(p) for p in listed]
+    parts: list[Any] = [{"name": p} if isinstance(p, str) else p for p in listed]  # what is neither is refused by from_config
     for part in parts:
-        needs = part.get("name") in (SERE.name, BEAM.name, ExFold.name, StaticPrune.name)
-        if needs and "artifact" not in part:
+        name = str(part.get("name")).lower() if isinstance(part, dict) else None
+        if name in _READ_ARTIFACTS and "artifact" not in part:
             if artifact is None:
                 raise PolicyError(f"policy '{part['name']}' reads an artifact: name it with --artifact")
             part["artifact"] = artifact
@@ -540,6 +573,7 @@ def tune_command(
     _check_places(out)
     net, tokenizer = inputs.load_model(model, device, dtype)
     table = Artifact.load(artifact).validate(net)
+    SERE(table)  # refuses a table without similarities before anything is decoded
     documents = inputs.tokenized(inputs.read_documents([Path(d) for d in data]), tokenizer)
     texts = windows(documents, batch, context, stride or context, groups)
     with _progress("tune", None, as_json) as advance:
@@ -709,7 +743,7 @@ def _training_table(history: Sequence[dict[str, Any]], full_loss: float | None) 
 def bench(
     model: Model,
     data: Annotated[list[str] | None, typer.Option(help="Text to decode. Default: random tokens.")] = None,
-    policy: Annotated[list[str] | None, typer.Option(help="As for eval. Default: SERE, as the artifact was tuned.")] = None,
+    policy: Annotated[list[str] | None, typer.Option(help="As for eval. Default: what the artifact is for.")] = None,
     artifact: ArtifactOption = None,
     batch: Batches = None,
     length: Annotated[int, typer.Option(min=16, help="Tokens of the cache, and of the prefill.")] = 64,
@@ -730,7 +764,7 @@ def bench(
     net, tokenizer = inputs.load_model(model, device, dtype)
     table = None if artifact is None else Artifact.load(artifact).validate(net)
     configurations: dict[str, tuple[Policy, ...] | None] = {f"{inner} alone": None, "moe_sparse, TopK": (TopK(),)}
-    for name, policies in _distinctly_named(policy or (["sere"] if table is not None else []), table):
+    for name, policies in _distinctly_named(policy or _readers_of(table), table, net):
         configurations[f"moe_sparse, {name}"] = policies
     sizes = batch or [1, 4, 16]
     tokens = _tokens_to_time(data, tokenizer, _vocabulary(net), max(sizes), length)
@@ -742,6 +776,11 @@ def bench(
     if csv_file is not None:
         _write_csv(csv_file, rows)
     return {"rows": rows, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+
+
+def _readers_of(artifact: Artifact | None) -> list[str]:
+    """The policies that an artifact was made for, each by its name."""
+    return [] if artifact is None else [policy.name for policy in (SERE, BEAM) if policy.kind in artifact.kinds]
 
 
 def _tokens_to_time(data: list[str] | None, tokenizer: Any, vocabulary: int, rows: int, length: int) -> Tensor:

@@ -85,7 +85,8 @@ class Evaluation:
         name: for people.
         policy: what was evaluated.
         batch: N, texts advanced together.
-        losses: negative log-likelihood of each text, nats per token.
+        losses: negative log-likelihood of each text (of each window, where a text has several), nats per token.
+        scored: how many tokens of each were scored, which is its weight in a mean; none given: all weigh the same.
         kl: KL divergence of its next-token distribution from the full model's, nats, mean over tokens.
         agreement: share of tokens at which both have the same most likely next token.
         active: site -> mean distinct experts in a step.
@@ -98,6 +99,7 @@ class Evaluation:
     policy: tuple[Policy, ...]
     batch: int
     losses: list[float] = field(default_factory=list)
+    scored: list[int] = field(default_factory=list)
     kl: float = math.nan
     agreement: float = math.nan
     active: dict[str, float] = field(default_factory=dict)
@@ -107,7 +109,7 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        return statistics.fmean(self.losses)
+        return statistics.fmean(self.losses, self.scored or None)
 
     @property
     def perplexity(self) -> float:
@@ -121,8 +123,10 @@ class Evaluation:
     def loss_increase(self, full: Evaluation) -> tuple[float, float]:
         """Nats per token above the full model on the same texts, and the standard error of that over texts."""
         differences = [mine - other for mine, other in zip(self.losses, full.losses, strict=True)]
-        error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-        return statistics.fmean(differences), error
+        mean, count = statistics.fmean(differences, self.scored or None), len(differences)
+        weights = self.scored or [1] * count
+        variance = sum((w * (d - mean)) ** 2 for w, d in zip(weights, differences, strict=True)) / sum(weights) ** 2
+        return mean, math.sqrt(variance * count / (count - 1)) if count > 1 else math.nan
 
 
 Named = tuple[str, Policy | Sequence[Policy]]
@@ -187,7 +191,9 @@ class Evaluator:
                 milliseconds.append(1000 * seconds)
                 self._done += 1
                 self._advance(self._done, name)
-            result.losses += (texts / (group.shape[1] - 1 - skip)).tolist()
+            counts = group.shape[1] - 1 - skip
+            result.losses += (texts / counts).tolist()
+            result.scored += counts.tolist()
         if not all(map(math.isfinite, result.losses)):
             raise EvaluationError(
                 f"the loss under '{name}' is not finite, because the model's logits are not: its weights are damaged, or "

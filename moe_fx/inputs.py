@@ -16,7 +16,7 @@ class InputError(ValueError):
 
 
 def load_model(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[nn.Module, Any]:
-    """A causal language model in eval mode and its tokenizer.
+    """A causal language model in eval mode, or one that reads images too and is given none, and its tokenizer.
 
     A folder is read without any network; anything else is taken for the id of a model on the hub.
 
@@ -25,7 +25,7 @@ def load_model(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[nn.
             cannot be put on the device.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     folder = Path(name).expanduser()
     is_local = folder.is_dir()
@@ -36,7 +36,7 @@ def load_model(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[nn.
         raise InputError(f"{folder} has no config.json, so it is no model: give the folder that save_pretrained wrote")
     source = str(folder) if is_local else name
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **where)
+        model = _from_pretrained(source, dtype=dtype, **where)
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise InputError(f"cannot load model '{name}': {_first_line(error)}") from error
@@ -45,6 +45,21 @@ def load_model(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[nn.
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"cannot put the model on device '{device}': {_first_line(error)}; choose another --device") from error
     return model.eval().requires_grad_(False), tokenizer
+
+
+def _from_pretrained(source: str, **settings: Any) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        try:
+            return kind.from_pretrained(source, **settings)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+    raise ValueError(
+        "transformers has no class for its kind that continues a text, as the command line needs; from Python, "
+        "moe_fx.calibrate and the backend take any torch.nn.Module"
+    )
 
 
 def keep_model(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -103,7 +103,9 @@ def tune(
 
     Raises:
         TuneError: nothing that was tried keeps within the limit.
+        PolicyError: the artifact has no similarities.
     """
+    SERE(artifact)  # refuses one without similarities
     evaluator = evaluator or Evaluator(model, texts)
     search = _Search(evaluator, artifact, limit, record(model, texts))
     search.measure_layers()

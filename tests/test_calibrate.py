@@ -225,6 +225,11 @@ def test_resumed_gives_the_same_file(metric: str, tmp_path: Path) -> None:
         assert checkpoint.is_file()
     with pytest.raises(CalibrationError, match="another calibration"):
         moe_fx.calibrate(model, batches, checkpoint=checkpoint, metric="cosine")
+    revision = tiny.build("qwen3_moe")
+    for parameter in revision.parameters():
+        parameter.mul_(1.1)
+    with pytest.raises(CalibrationError, match="another calibration"):
+        moe_fx.calibrate(revision, batches, checkpoint=checkpoint, **settings)
     torch._dynamo.reset()
     parts = moe_fx.calibrate(model, batches, checkpoint=checkpoint, **settings).save(tmp_path / "parts")
     assert not checkpoint.exists()

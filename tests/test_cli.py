@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import moe_fx
 import tiny
-from moe_fx.cli import app
+from moe_fx.cli import _progress, _readers_of, app
 from moe_fx.inputs import read_documents
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from it "
@@ -174,8 +174,11 @@ def test_no_such_model(tmp_path: Path) -> None:
         assert str(tmp_path) in result.stderr.replace("\n", "")
 
 
-def test_wrong_use(folder: Path) -> None:
+def test_wrong_use(folder: Path, tmp_path: Path) -> None:
     model, data, artifact = folder / "model", folder / "data.jsonl", folder / "model.moe.safetensors"
+    masks = tmp_path / "masks.safetensors"
+    zeros = {site: {"mask_router": torch.zeros(tiny.EXPERTS, tiny.HIDDEN)} for site in tiny.ARCHS["qwen3_moe"].sites}
+    moe_fx.Artifact(zeros).save(masks)
     cases: dict[str, tuple[object, ...]] = {
         "say how much quality may go": ("tune", model, "--data", data, "--artifact", artifact),
         "expected a share": ("tune", model, "--data", data, "--artifact", artifact, "--max-ppl-increase", "much"),
@@ -185,7 +188,10 @@ def test_wrong_use(folder: Path) -> None:
         "--plot draws similarities": ("inspect", model, "--plot", folder / "x.png"),
         "there is no such compiler": ("bench", model, "--batch", 2, "--length", 16, "--turns", 2, "--inner", "none"),
         "unknown inner compiler 'none'": ("eval", model, "--data", data, "--batch", 2, "--context", 4, "--inner", "none"),
-        "make one with 'moe-fx train-beam'": ("eval", model, "--data", data, "--artifact", artifact, "--policy", "beam"),
+        "make one with 'moe-fx train-beam'": ("eval", model, "--data", data, "--artifact", artifact, "--policy", "BEAM"),
+        "a mapping with a 'name', but got 1 (int)": ("eval", model, "--data", data, "--policy", "[1]"),
+        "make one with 'moe-fx calibrate'": ("tune", model, "--data", data, "--artifact", masks, "--max-kl", 1),
+        "has only mask_router and no similarity": ("inspect", model, "--similarity", masks, "--plot", folder / "x.png"),
         "documents are decoded together": (),
     }
     for words, arguments in cases.items():
@@ -208,6 +214,12 @@ def test_an_artifact_of_another_model_or_revision(folder: Path, tmp_path: Path) 
         result = run("inspect", folder / "model", "--similarity", tmp_path / name, "--json")
         assert result.exit_code == 1
         assert words in json.loads(result.stdout)["error"]
+        policy = json.dumps({"name": "sere", "artifact": str(tmp_path / name)})
+        result = run("eval", folder / "model", "--data", folder / "data.jsonl", "--artifact", folder / "model.moe.safetensors",
+                     "--policy", policy)  # fmt: skip
+        assert result.exit_code == 1
+        (line,) = result.stderr.splitlines()  # of several problems, too
+        assert words in line
 
 
 @pytest.fixture(scope="module")
@@ -314,6 +326,66 @@ def test_a_full_disk_leaves_the_old_file(folder: Path, tmp_path: Path, what: str
     assert "No space left on device; what was there before is unchanged" in json.loads(result.stdout.splitlines()[-1])["error"]
     assert out.read_bytes() == old
     assert [p.name for p in tmp_path.iterdir()] == [out.name]
+
+
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    for line_seconds, as_json, lines in ((0, False, 2), (99, False, 0), (0, True, 0)):
+        with mock.patch("moe_fx.cli._LINE_SECONDS", line_seconds), _progress("train-beam", 4, as_json) as advance:
+            advance(1, "loss 2.500, picks 1.50 (1.0 2.0)")
+            advance(2, "")
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert len(said.err.splitlines()) == lines
+        if lines:
+            assert said.err.startswith("train-beam: loss 2.500, picks 1.50 (1.0 2.0); 1 of 4, 0 s left\ntrain-beam; 2 of 4")
+
+
+def test_a_home_folder_is_found_in_every_option(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = run("calibrate", folder / "model", "--data", folder / "data.jsonl", "--tokens", 32, "--length", 16, "--out", "~/o")
+    assert result.exit_code == 0, result.output
+    assert [p.name for p in tmp_path.iterdir()] == ["o"]
+
+
+def test_what_an_artifact_is_for_is_timed_where_no_policy_is_named() -> None:
+    both = tiny.random_artifact("qwen3_moe")
+    masks = moe_fx.Artifact({site: {"mask_router": kinds["mask_router"]} for site, kinds in both.sites.items()})
+    assert [_readers_of(artifact) for artifact in (None, masks, both)] == [[], ["beam"], ["sere", "beam"]]
+
+
+def test_a_model_that_reads_images_too(folder: Path, tmp_path: Path) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 24, "head_dim": 8, "vocab_size": 64,
+             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 6,
+             "num_experts_per_tok": 2}  # fmt: skip
+    images = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32,
+              "deepstack_visual_indexes": [0]}  # fmt: skip
+    config = transformers.Qwen3VLMoeConfig(text_config=sizes, vision_config=images)
+    model = transformers.Qwen3VLMoeForConditionalGeneration(config)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.1)
+    model.save_pretrained(tmp_path / "model")
+    transformers.AutoTokenizer.from_pretrained(folder / "model").save_pretrained(tmp_path / "model")
+    data, artifact = ["--data", folder / "data.jsonl"], tmp_path / "o.safetensors"
+    result = run("calibrate", tmp_path / "model", *data, "--tokens", 32, "--length", 16, "--out", artifact, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["sites"] == [f"model.language_model.layers.{i}.mlp" for i in range(2)]
+    result = run("eval", tmp_path / "model", *data, "--artifact", artifact, "--policy", "sere:primary=1", "--batch", 3,
+                 "--context", 4, "--groups", 1, "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    full, sere = json.loads(result.stdout)["rows"]
+    assert sere["active_experts_per_layer"] < full["active_experts_per_layer"]
+
+
+def test_a_model_that_does_not_continue_texts_is_told(folder: Path, tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    result = run("inspect", tmp_path, "--json")
+    assert result.exit_code == 1
+    assert "has no class for its kind that continues a text" in json.loads(result.stdout)["error"]
 
 
 def test_a_local_model_needs_no_network(folder: Path) -> None:

@@ -58,14 +58,14 @@ def test_bad_windows(batch: int, context: int, stride: int, words: str) -> None:
 
 
 def expected_losses(name: str, model: torch.nn.Module, group: Tensor, rule: tiny.Rule | None) -> Tensor:
-    """Every step is a batch of one token of each text: the logits of its prefixes, the routing patched step by step."""
+    """Of every token [N, context].  A step is a batch of one token of each text, the routing patched step by step."""
     from transformers import DynamicCache
 
     cache, losses = DynamicCache(config=model.config), []
     for t in range(group.shape[1] - 1):
         logits = tiny.expected(model, name, rule, input_ids=group[:, t : t + 1], past_key_values=cache, use_cache=True)
         losses.append(torch.nn.functional.cross_entropy(logits[:, -1], group[:, t + 1], reduction="none"))
-    return torch.stack(losses, dim=1).mean(dim=1)
+    return torch.stack(losses, dim=1)
 
 
 @pytest.mark.parametrize(("name", "context"), [("qwen3_moe", 7), ("gpt_oss", 13)])
@@ -77,7 +77,7 @@ def test_equals_a_loop_over_the_patched_model(name: str, context: int) -> None:
     sere = evaluator.evaluate("SERE", moe_fx.SERE(artifact, primary=1))
     rule = tiny.sere_rule(artifact, 1, 0.0)
     for result, patch in ((evaluator.full, None), (sere, rule)):
-        want = expected_losses(name, model, texts.groups[0], patch)
+        want = expected_losses(name, model, texts.groups[0], patch).mean(dim=1)
         torch.testing.assert_close(torch.tensor(result.losses, dtype=want.dtype), want, **tolerance(torch.float32))
     assert evaluator.full.kl == pytest.approx(0, abs=1e-6)
     assert evaluator.full.agreement == 1
@@ -90,6 +90,26 @@ def test_equals_a_loop_over_the_patched_model(name: str, context: int) -> None:
     assert max(fewer.active.values()) <= 4  # as many as texts
 
 
+def test_every_scored_token_weighs_the_same() -> None:
+    """The windows of a long document overlap, and later ones score fewer tokens than the first."""
+    name = "qwen3_moe"
+    model, artifact = tiny.build(name), tiny.random_artifact(name)
+    texts = windows(documents(), batch=3, context=7, stride=3)
+    evaluator = Evaluator(model, texts)
+    sere = evaluator.evaluate("SERE", moe_fx.SERE(artifact, primary=1))
+    means = []
+    for rule in (None, tiny.sere_rule(artifact, 1, 0.0)):
+        losses: list[float] = []
+        for group, skip in zip(texts.groups, texts.skips, strict=True):
+            by_token = expected_losses(name, model, group, rule)
+            losses += [float(x) for row, first in zip(by_token, skip.tolist(), strict=True) for x in row[first:]]
+        means.append(sum(losses) / len(losses))
+    assert len(losses) == texts.scored == evaluator.full.tokens
+    assert len(set(evaluator.full.scored)) == 2
+    assert evaluator.full.loss == pytest.approx(means[0], rel=1e-5)
+    assert sere.loss_increase(evaluator.full)[0] == pytest.approx(means[1] - means[0], abs=1e-5)
+
+
 def test_stepwise_logits_equal_a_loop_over_the_patched_model() -> None:
     name = "qwen3_moe"
     model, artifact = tiny.build(name), tiny.random_artifact(name)
@@ -98,7 +118,7 @@ def test_stepwise_logits_equal_a_loop_over_the_patched_model() -> None:
         tokens = tiny.tokens(rows, length + 1, seed=length)["input_ids"]
         logits = stepwise.logits(tokens[:, :-1])
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(dim=1)
-        want = expected_losses(name, model, tokens, tiny.sere_rule(artifact, 1, 0.0))
+        want = expected_losses(name, model, tokens, tiny.sere_rule(artifact, 1, 0.0)).mean(dim=1)
         torch.testing.assert_close(losses, want, **tolerance(torch.float32))
         whole = tiny.expected(model, name, None, input_ids=tokens[:, :-1])
         torch.testing.assert_close(Stepwise(model, [TopK()]).logits(tokens[:, :-1]), whole, **tolerance(torch.float32))
