@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.node import Node
-from vllm.compilation.passes.inductor_pass import InductorPass
-from vllm.forward_context import get_forward_context
+from vllm.compilation.passes.inductor_pass import CallableInductorPass, InductorPass
+from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
@@ -31,19 +31,19 @@ class RoutingPass(InductorPass):
     Args:
         digest: of all that the rewritten graph depends on.
         policies: their settings, without artifacts: those are looked up while the graph runs.
-        before: a pass of the user's.
+        before: a pass of the user's, or a plain function, as Inductor takes it.
     """
 
     def __init__(self, digest: str, policies: tuple[Policy, ...], before: Any = None) -> None:
         self.digest = digest
         self.policies = policies
-        self.before = before
+        self.before = before if before is None or hasattr(before, "uuid") else CallableInductorPass(before)
         self._runs_before = True
 
-    def uuid(self) -> str:
-        """Under which Inductor and vLLM cache what was compiled with this pass."""
-        before = self.before.uuid() if self.before is not None else None
-        return self.hash_dict({"moe_fx": self.digest, "before": str(before)})
+    def uuid(self) -> str | None:
+        """Under which Inductor and vLLM cache what was compiled with this pass; None, not at all, where ``before`` has none."""
+        before = "" if self.before is None else self.before.uuid()
+        return None if before is None else self.hash_dict({"moe_fx": self.digest, "before": str(before)})
 
     def is_applicable_for_range(self, compile_range: Any) -> bool:
         """Always; remembers whether ``before`` is."""
@@ -68,6 +68,8 @@ class RoutingPass(InductorPass):
     def _rewrite_open(self, graph: fx.Graph) -> list[str]:
         """Put ``route_layer`` on every cut; the engine's names of the layers."""
         layers = _layers()
+        if not layers:
+            return []
         routings, skips = find_sites(graph.owning_module)
         done = []
         for routing in routings:
@@ -111,8 +113,12 @@ def use_our_op(node: Node) -> None:
 
 
 def _layers() -> dict[str, Any]:
-    """The engine's MoE layers, by name.  A model is compiled by its first forward, so there is a context."""
-    layers = get_forward_context().no_compile_layers
+    """The engine's MoE layers, by name.
+
+    A model is compiled by its first forward, so there is a context.  What is compiled without one, as an encoder of images may
+    be, has none of them.
+    """
+    layers = get_forward_context().no_compile_layers if is_forward_context_available() else {}
     return {name: layer for name, layer in layers.items() if isinstance(layer, MoERunner)}
 
 
