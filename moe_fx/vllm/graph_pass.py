@@ -16,6 +16,7 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from moe_fx.passes import graph as g
 from moe_fx.passes.find_sites import Routing, find_sites
 from moe_fx.passes.reroute import Decision, reroute
+from moe_fx.passes.router import SCORE_WISE
 from moe_fx.policy import Policy
 from moe_fx.site import Skip
 from moe_fx.vllm import ops
@@ -56,6 +57,8 @@ class RoutingPass(InductorPass):
         if self.before is not None and self._runs_before:
             self.before(graph)
         opaque = [n for n in graph.nodes if n.op == "call_function" and ops.with_policy(g.called(n)) is not None]
+        if any(p.switches_off for p in self.policies):
+            opaque = [n for n in opaque if _is_given_routers_input(n)]
         for node in opaque:
             use_our_op(node)
         rewritten = self._rewrite_open(graph)
@@ -99,6 +102,36 @@ class RoutingPass(InductorPass):
             return "its weights leave the router in several forms"
         no_tensors: Any = None  # they are looked up while the graph runs
         return reroute(graph.owning_module, routing, self.policies, no_tensors, apply=apply)
+
+
+def _is_given_routers_input(node: Node) -> bool:
+    """Whether the hidden states that one of vLLM's MoE ops is given are those that its router reads, as BEAM's mask routers do.
+
+    Gemma 4's are not: its router and its experts each have a norm of their own.  Without proof the op is left alone.
+    """
+    hidden, logits = (_bare(g.argument(node, name, i)) for i, name in enumerate(("hidden_states", "router_logits")))
+    stack, seen = [logits], set()
+    while stack:
+        scores = stack.pop()
+        if scores is hidden:
+            return True  # the router's linear map is applied inside the op
+        if scores in seen or not isinstance(scores, Node):
+            continue
+        seen.add(scores)
+        inputs = [_bare(i) for i in scores.all_input_nodes]
+        if g.op(scores) in SCORE_WISE:
+            stack += inputs
+        elif hidden in inputs:
+            return True
+    logger.warning("moe_fx left a call of vLLM's MoE op alone: its router does not read the hidden states that its experts read")
+    return False
+
+
+def _bare(node: object) -> object:
+    """The node whose numbers these are in another shape, another dtype, or wider."""
+    while g.op(node) in g.RESHAPES | g.CASTS | {"constant_pad_nd"}:
+        node = node.args[0]  # type: ignore[attr-defined]
+    return node
 
 
 def use_our_op(node: Node) -> None:

@@ -534,6 +534,61 @@ def test_any_form_of_a_users_pass_is_chained(engine_config):
         routing_pass(torch.fx.symbolic_trace(torch.nn.Identity()).graph)
 
 
+def moe_graph(router_input, experts_input, wrapped):
+    """A graph of one layer in the opaque form; the two functions make what the router and what the experts read."""
+    from torch._higher_order_ops.auto_functionalize import auto_functionalized
+
+    aten = torch.ops.aten
+    graph = torch.fx.Graph()
+    x, weight, name = (graph.placeholder(n) for n in ("x", "weight", "name"))
+    normed = graph.call_function(aten.mul.Tensor, (x, 2.0))
+    read = router_input(graph, normed)
+    logits = None
+    if read is not None:
+        cast = graph.call_function(aten._to_copy.default, (read,), {"dtype": torch.float32})
+        scores = graph.call_function(aten.mm.default, (cast, weight))
+        logits = graph.call_function(aten.tanh.default, (scores,))
+    given = graph.call_function(aten.constant_pad_nd.default, (experts_input(graph, normed), [0, 8]))
+    op = torch.ops.vllm.moe_forward.default
+    arguments = (given, given if logits is None else logits, None, None, name, 0)
+    if wrapped:
+        names = [a.name for a in op._schema.arguments]
+        node = graph.call_function(auto_functionalized, (op,), dict(zip(names, arguments, strict=True)))
+    else:
+        node = graph.call_function(op, arguments)
+    graph.output(node)
+    return graph, node
+
+
+def same(graph, normed):
+    return normed
+
+
+def normed_again(graph, normed):
+    return graph.call_function(torch.ops.aten.mul.Tensor, (normed, 3.0))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(
+    ("router_input", "experts_input", "is_one"),
+    [
+        (same, same, True),
+        (lambda *_: None, same, True),  # the router's linear map is inside the op
+        (normed_again, same, False),
+        (same, normed_again, False),
+        (normed_again, normed_again, False),  # Gemma 4's: of one hidden state, each its own
+    ],
+)
+def test_beam_in_the_opaque_form_reads_what_the_router_reads(ops, router_input, experts_input, is_one, wrapped):
+    from moe_fx.passes import graph as g
+    from moe_fx.vllm.graph_pass import RoutingPass
+
+    for policy, is_rewritten in ((moe_fx.BEAM(), is_one), (moe_fx.SERE(), True)):
+        graph, node = moe_graph(router_input, experts_input, wrapped)
+        RoutingPass("", (policy,))(graph)
+        assert (g.called(node) is torch.ops.moe_fx.moe_forward.default) == is_rewritten
+
+
 def test_policies_that_are_no_json_are_refused(engine_config):
     from moe_fx.vllm import config
 
