@@ -9,7 +9,7 @@ import torch
 
 import moe_fx
 from moe_fx.kernels import reference
-from moe_fx.testing import random_routing, random_similarity
+from moe_fx.testing import random_routing, random_similarity, tolerance
 
 pytest.importorskip("vllm", reason="needs vLLM (make test-vllm, or see docs/vllm.md)")
 pytestmark = pytest.mark.vllm
@@ -114,6 +114,28 @@ def test_the_graph_ops_return_new_tensors(ops, decision):
             new_weights, new_ids = torch.ops.moe_fx.route_layer(weights, ids, hidden, NAME)
         assert new_ids.data_ptr() != ids.data_ptr()
         assert new_weights.data_ptr() != weights.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_engines_cpu_kernel_sums_several_picks_of_one_expert(ops, dtype):
+    """Which a token has where two of its picks moved to the same expert."""
+    from vllm import _custom_ops
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    generator = torch.Generator().manual_seed(0)
+    hidden, width = 64, 32
+    sizes = (TOKENS, hidden), (EXPERTS, 2 * width, hidden), (EXPERTS, hidden, width)
+    x, w13, w2 = (0.3 * torch.randn(size, generator=generator).to(dtype) for size in sizes)
+    ids = torch.randint(0, 3, (TOKENS, TOP_K), generator=generator, dtype=torch.int32)  # four picks of three experts
+    weights = torch.rand(TOKENS, TOP_K, generator=generator)
+    packed = [_custom_ops.cpu_prepack_moe_weight(w, "vec") for w in (w13, w2)]
+    out = torch.full_like(x, float("nan"))
+    _custom_ops.cpu_fused_moe(out, x, *packed, None, None, weights, ids, "silu", "vec")
+    gate, up = (x.float() @ w13.float().mT).chunk(2, dim=-1)  # [E, T, I]
+    every = ((torch.nn.functional.silu(gate) * up) @ w2.float().mT).transpose(0, 1)  # [T, E, H]
+    expected = (every.gather(1, ids.long()[..., None].expand(-1, -1, hidden)) * weights[..., None]).sum(1)
+    torch.testing.assert_close(out, expected.to(dtype), **tolerance(dtype))
 
 
 def test_counts_leave_padding_out(ops, decision):
