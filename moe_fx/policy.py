@@ -118,9 +118,13 @@ class SERE(Policy):
         _set(self, "layers", _layers(self, self._tuned() if left_out else self.layers))
 
     def _tuned(self) -> object:
-        """What ``moe-fx tune`` wrote into the artifact; nothing where it never saw it."""
-        tuned = {} if self.artifact is None else self.artifact.metadata.get("tuned", {})
-        return [(site, *settings) for site, settings in tuned.items()] if isinstance(tuned, Mapping) else tuned
+        """What ``moe-fx tune`` wrote into the artifact, for the sites that it still has; nothing where it never saw it."""
+        if self.artifact is None:
+            return ()
+        tuned = self.artifact.metadata.get("tuned", {})
+        if not isinstance(tuned, Mapping):
+            return tuned
+        return [(site, *settings) for site, settings in tuned.items() if normal_name(site) in self.artifact.sites]
 
     def at(self, site_name: str) -> tuple[int, float]:
         """S and the threshold at a site."""

@@ -110,6 +110,8 @@ def test_policies_tuned_by_layer() -> None:
     assert policy.at("elsewhere") == (2, 0.0)
     assert policy.describe() == "SERE(tuned for 1 sites)"
     assert moe_fx.SERE(tuned, primary=2).layers == ()
+    without = moe_fx.Artifact({name: tables for name, tables in artifact.sites.items() if name != site}, tuned.metadata)
+    assert moe_fx.SERE(without).layers == ()
     assert moe_fx.SERE(tuned, threshold=0.0).at(site) == (2, 0.0)
     assert policy != moe_fx.SERE(artifact)
     assert policy.digest != moe_fx.SERE(artifact).digest
