@@ -95,7 +95,7 @@ class SERE(Policy):
             are all left out, those that ``moe-fx tune`` wrote into the artifact.
 
     Raises:
-        PolicyError: a setting outside its range, or an artifact without similarity.
+        PolicyError: a setting outside its range, or for a site that the artifact lacks, or an artifact without similarity.
         ArtifactError: the file at the path cannot be used.
     """
 
@@ -118,9 +118,13 @@ class SERE(Policy):
         _set(self, "layers", _layers(self, self._tuned() if left_out else self.layers))
 
     def _tuned(self) -> object:
-        """What ``moe-fx tune`` wrote into the artifact; nothing where it never saw it."""
-        tuned = {} if self.artifact is None else self.artifact.metadata.get("tuned", {})
-        return [(site, *settings) for site, settings in tuned.items()] if isinstance(tuned, Mapping) else tuned
+        """What ``moe-fx tune`` wrote into the artifact, for the sites that it still has; nothing where it never saw it."""
+        if self.artifact is None:
+            return ()
+        tuned = self.artifact.metadata.get("tuned", {})
+        if not isinstance(tuned, Mapping):
+            return tuned
+        return [(site, *settings) for site, settings in tuned.items() if normal_name(site) in self.artifact.sites]
 
     def at(self, site_name: str) -> tuple[int, float]:
         """S and the threshold at a site."""
@@ -496,7 +500,11 @@ def _layers(policy: SERE, given: object) -> tuple[tuple[str, int, float], ...]:
     for entry in () if given is None else given if isinstance(given, (list, tuple)) else (given,):
         if not isinstance(entry, (list, tuple)) or len(entry) != 3 or not isinstance(entry[0], str):
             raise PolicyError(f"SERE's layers must be (site, S, threshold) each, but got {_show(entry)}")
-        layers.append((normal_name(entry[0]), _whole(policy, "primary", entry[1]), _threshold(policy, entry[2])))
+        site = normal_name(entry[0])
+        if policy.artifact is not None and site not in policy.artifact.sites:
+            hint = _did_you_mean(site, policy.artifact.sites)
+            raise PolicyError(f"SERE's layers have settings for '{site}', but the artifact has no such site{hint}")
+        layers.append((site, _whole(policy, "primary", entry[1]), _threshold(policy, entry[2])))
     return tuple(layers)
 
 

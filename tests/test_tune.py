@@ -110,12 +110,16 @@ def test_policies_tuned_by_layer() -> None:
     assert policy.at("elsewhere") == (2, 0.0)
     assert policy.describe() == "SERE(tuned for 1 sites)"
     assert moe_fx.SERE(tuned, primary=2).layers == ()
+    without = moe_fx.Artifact({name: tables for name, tables in artifact.sites.items() if name != site}, tuned.metadata)
+    assert moe_fx.SERE(without).layers == ()
     assert moe_fx.SERE(tuned, threshold=0.0).at(site) == (2, 0.0)
     assert policy != moe_fx.SERE(artifact)
     assert policy.digest != moe_fx.SERE(artifact).digest
-    for bad in ([["a", 0, 0.5]], [["a", 1, 2.0]], [["a", 1]], "a"):
-        with pytest.raises(moe_fx.PolicyError):
+    for bad in ([[site, 0, 0.5]], [[site, 1, 2.0]], [[site, 1]], site):
+        with pytest.raises(moe_fx.PolicyError, match="SERE's"):
             moe_fx.SERE(artifact, layers=bad)
+    with pytest.raises(moe_fx.PolicyError, match=rf"settings for '{site}.experts', but .* \(did you mean '{site}'\?\)"):
+        moe_fx.SERE(artifact, layers=[[f"{site}.experts", 1, 0.5]])
 
 
 def test_layers_that_share_a_graph_cannot_differ() -> None:

@@ -81,9 +81,18 @@ def source_digest() -> str:
 
 
 def entry_of(vllm_config: Any) -> dict[str, Any] | None:
-    """Our entry in a ``VllmConfig``; None where there is none, or where ``additional_config`` is no dict."""
+    """Our entry in a ``VllmConfig``; None where there is none, or where ``additional_config`` is no dict.
+
+    Raises:
+        VllmError: it stands under the package's name, ``moe-fx``, or another spelling that would be ignored in silence.
+    """
     additional = vllm_config.additional_config
-    return additional.get(KEY) if isinstance(additional, dict) else None
+    if not isinstance(additional, dict):
+        return None
+    for key in additional:
+        if key != KEY and str(key).strip().lower().replace("-", "_") == KEY:
+            raise VllmError(f"additional_config has an entry '{key}': write it '{KEY}'")
+    return additional.get(KEY)
 
 
 def parse(entry: object) -> EngineSettings:
@@ -126,12 +135,16 @@ def _check_served(part: object) -> None:
     raise VllmError(f"no policy {name!r} runs inside vLLM{hint}: it is 'sere', 'beam', a list of both, or 'topk'")
 
 
+def is_supported() -> bool:
+    """Whether the installed vLLM is inside the supported range."""
+    parts = importlib.import_module("vllm").__version__.split(".")[:2]
+    return all(p.isdigit() for p in parts) and OLDEST <= tuple(int(p) for p in parts) <= NEWEST
+
+
 def check_version() -> None:
     """Raises VllmError where the installed vLLM is outside the supported range."""
-    version = importlib.import_module("vllm").__version__
-    parts = version.split(".")[:2]
-    minor = tuple(int(p) for p in parts) if all(p.isdigit() for p in parts) else None
-    if minor is None or not OLDEST <= minor <= NEWEST:
+    if not is_supported():
+        version = importlib.import_module("vllm").__version__
         low, high = (".".join(map(str, v)) for v in (OLDEST, NEWEST))
         raise VllmError(
             f"moe_fx {__version__} supports vLLM {low} to {high}, but vLLM {version} is installed: install one of "
@@ -151,6 +164,9 @@ def engine_args(policy: object = None, *, stats: bool = False) -> dict[str, Any]
         VllmError, PolicyError, ArtifactError: it cannot be used inside vLLM.
     """
     settings = parse({"policy": policy, "stats": stats})
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and KEY not in allowed.split(",") and not settings.changes_nothing:
+        raise VllmError(f"VLLM_PLUGINS is '{allowed}', so vLLM will not load moe_fx: add '{KEY}' to it")
     entry = {"policy": [_as_config(p) for p in settings.policies], "stats": settings.stats}
     return {"additional_config": {KEY: entry}}
 
@@ -186,19 +202,34 @@ def prepare(vllm_config: Any) -> EngineSettings | None:
     digest = settings.digest
     if entry.get("digest") not in (None, digest):
         raise VllmError("the policy's artifact changed while the engine was starting: start it again")
+    _check_travels(entry)
     _check_compiles(vllm_config)
     _check_place(vllm_config)
     if settings.stats:
         metrics.collect_here()
     from moe_fx.vllm.graph_pass import RoutingPass
 
-    options = vllm_config.compilation_config.inductor_compile_config
-    if not isinstance(options.get(PASS_KEY), RoutingPass):
-        source = source_digest()
-        options[PASS_KEY] = RoutingPass(digest + source, settings.without_artifacts(), before=options.get(PASS_KEY))
-        # a copy: the dict may be the caller's own
-        vllm_config.additional_config = {**vllm_config.additional_config, KEY: {**entry, "digest": digest, "source": source}}
+    compilation, source = vllm_config.compilation_config, source_digest()
+    found = compilation.inductor_compile_config.get(PASS_KEY)
+    if not isinstance(found, RoutingPass) or found.digest != digest + source:
+        # a caller's own CompilationConfig may have served another engine, with another policy
+        before = found.before if isinstance(found, RoutingPass) else found
+        ours = RoutingPass(digest + source, settings.without_artifacts(), before)
+        compilation.inductor_compile_config = {**compilation.inductor_compile_config, PASS_KEY: ours}
+    # copies: the dicts may be the caller's own
+    vllm_config.additional_config = {**vllm_config.additional_config, KEY: {**entry, "digest": digest, "source": source}}
     return settings
+
+
+def _check_travels(entry: Mapping[str, Any]) -> None:
+    """Raises VllmError for an entry that vLLM cannot hash, because it holds policies that are no dicts."""
+    try:
+        json.dumps(entry)
+    except TypeError:
+        raise VllmError(
+            f"additional_config['{KEY}'] holds objects, but it must be JSON: write policies as dicts, or have "
+            "moe_fx.vllm.engine_args(policy=...) do it"
+        ) from None
 
 
 def _check_compiles(vllm_config: Any) -> None:
@@ -209,7 +240,7 @@ def _check_compiles(vllm_config: Any) -> None:
     if getattr(compilation.mode, "name", None) in ("NONE", "STOCK_TORCH_COMPILE") or compilation.backend not in ("", "inductor"):
         raise VllmError(
             f"moe_fx rewrites graphs that vLLM compiles with Inductor, but the compilation mode is {compilation.mode!r} and the "
-            f"backend '{compilation.backend}': leave both at their defaults"
+            f"backend '{compilation.backend}': leave both at their defaults (on a CPU vLLM does not compile with LoRA)"
         )
 
 

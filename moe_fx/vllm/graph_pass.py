@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.node import Node
-from vllm.compilation.passes.inductor_pass import InductorPass
-from vllm.forward_context import get_forward_context
+from vllm.compilation.passes.inductor_pass import CallableInductorPass, InductorPass
+from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from moe_fx.passes import graph as g
 from moe_fx.passes.find_sites import Routing, find_sites
 from moe_fx.passes.reroute import Decision, reroute
+from moe_fx.passes.router import SCORE_WISE
 from moe_fx.policy import Policy
 from moe_fx.site import Skip
 from moe_fx.vllm import ops
@@ -31,19 +32,19 @@ class RoutingPass(InductorPass):
     Args:
         digest: of all that the rewritten graph depends on.
         policies: their settings, without artifacts: those are looked up while the graph runs.
-        before: a pass of the user's.
+        before: a pass of the user's, or a plain function, as Inductor takes it.
     """
 
     def __init__(self, digest: str, policies: tuple[Policy, ...], before: Any = None) -> None:
         self.digest = digest
         self.policies = policies
-        self.before = before
+        self.before = before if before is None or hasattr(before, "uuid") else CallableInductorPass(before)
         self._runs_before = True
 
-    def uuid(self) -> str:
-        """Under which Inductor and vLLM cache what was compiled with this pass."""
-        before = self.before.uuid() if self.before is not None else None
-        return self.hash_dict({"moe_fx": self.digest, "before": str(before)})
+    def uuid(self) -> str | None:
+        """Under which Inductor and vLLM cache what was compiled with this pass; None, not at all, where ``before`` has none."""
+        before = "" if self.before is None else self.before.uuid()
+        return None if before is None else self.hash_dict({"moe_fx": self.digest, "before": str(before)})
 
     def is_applicable_for_range(self, compile_range: Any) -> bool:
         """Always; remembers whether ``before`` is."""
@@ -56,6 +57,8 @@ class RoutingPass(InductorPass):
         if self.before is not None and self._runs_before:
             self.before(graph)
         opaque = [n for n in graph.nodes if n.op == "call_function" and ops.with_policy(g.called(n)) is not None]
+        if any(p.switches_off for p in self.policies):
+            opaque = [n for n in opaque if _is_given_routers_input(n)]
         for node in opaque:
             use_our_op(node)
         rewritten = self._rewrite_open(graph)
@@ -68,6 +71,8 @@ class RoutingPass(InductorPass):
     def _rewrite_open(self, graph: fx.Graph) -> list[str]:
         """Put ``route_layer`` on every cut; the engine's names of the layers."""
         layers = _layers()
+        if not layers:
+            return []
         routings, skips = find_sites(graph.owning_module)
         done = []
         for routing in routings:
@@ -99,6 +104,36 @@ class RoutingPass(InductorPass):
         return reroute(graph.owning_module, routing, self.policies, no_tensors, apply=apply)
 
 
+def _is_given_routers_input(node: Node) -> bool:
+    """Whether the hidden states that one of vLLM's MoE ops is given are those that its router reads, as BEAM's mask routers do.
+
+    Gemma 4's are not: its router and its experts each have a norm of their own.  Without proof the op is left alone.
+    """
+    hidden, logits = (_bare(g.argument(node, name, i)) for i, name in enumerate(("hidden_states", "router_logits")))
+    stack, seen = [logits], set()
+    while stack:
+        scores = stack.pop()
+        if scores is hidden:
+            return True  # the router's linear map is applied inside the op
+        if scores in seen or not isinstance(scores, Node):
+            continue
+        seen.add(scores)
+        inputs = [_bare(i) for i in scores.all_input_nodes]
+        if g.op(scores) in SCORE_WISE:
+            stack += inputs
+        elif hidden in inputs:
+            return True
+    logger.warning("moe_fx left a call of vLLM's MoE op alone: its router does not read the hidden states that its experts read")
+    return False
+
+
+def _bare(node: object) -> object:
+    """The node whose numbers these are in another shape, another dtype, or wider."""
+    while g.op(node) in g.RESHAPES | g.CASTS | {"constant_pad_nd"}:
+        node = node.args[0]  # type: ignore[attr-defined]
+    return node
+
+
 def use_our_op(node: Node) -> None:
     """Have a call of one of vLLM's MoE ops call ours, which has the same schema."""
     ours: Any = ops.with_policy(g.called(node))
@@ -111,8 +146,12 @@ def use_our_op(node: Node) -> None:
 
 
 def _layers() -> dict[str, Any]:
-    """The engine's MoE layers, by name.  A model is compiled by its first forward, so there is a context."""
-    layers = get_forward_context().no_compile_layers
+    """The engine's MoE layers, by name.
+
+    A model is compiled by its first forward, so there is a context.  What is compiled without one, as an encoder of images may
+    be, has none of them.
+    """
+    layers = get_forward_context().no_compile_layers if is_forward_context_available() else {}
     return {name: layer for name, layer in layers.items() if isinstance(layer, MoERunner)}
 
 

@@ -58,6 +58,8 @@ def install(runner: Any, settings: EngineSettings, device: torch.device) -> None
         if is_opaque(layer):
             ops.arm(layer)
     if not padding.makes_mask(runner) and device.type != "cpu":
+        if runner.vllm_config.parallel_config.use_ubatching:
+            raise VllmError("vLLM's first model runner does not tell what is padding in a micro-batch: leave --enable-dbo out")
         padding.count_real_tokens(runner, device)
 
 
@@ -70,6 +72,8 @@ def obstacle(layer: Any, settings: EngineSettings) -> str | None:
             f"its kernel ({method}) routes inside itself, so no pass can reach the decision: choose another MoE kernel "
             "(--moe-backend triton)"
         )
+    if is_opaque(layer) and getattr(config, "use_deferred_moe_finalize", False):
+        return "the model runs it outside vLLM's MoE op in small batches, where no pass sees it: serve without tensor parallelism"
     if is_opaque(layer) and not isinstance(layer.router, BaseRouter):
         return f"its router ({type(layer.router).__name__}) has no step between choosing experts and placing them"
     if is_opaque(layer) and getattr(layer.router, "zero_expert_type", None) is not None:

@@ -12,9 +12,14 @@ _WRAPPED = "_moe_fx_wrapped"
 def register() -> None:
     """Entry point ``vllm.general_plugins``.  May be called any number of times in a process."""
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    from moe_fx.vllm.config import is_supported
 
     _after(EngineArgs, "create_engine_config", lambda engine_args, config: _start(config))
+    if not is_supported():
+        return  # an entry is refused there; without one, nothing that may have moved in another vLLM is touched
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
     # a worker's process loads plugins while its worker is being made; this is the next thing that happens to it
     _after(WorkerWrapperBase, "init_device", lambda wrapper, _: _attend(wrapper.worker))
 

@@ -16,14 +16,14 @@ LAYERS, EXPERTS, TOP_K, HIDDEN = 2, 16, 4, 64
 
 _LATENT = {
     "kv_lora_rank": 512, "q_lora_rank": None, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64, "head_dim": 64,
-    "num_key_value_heads": 4, "n_routed_experts": EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 0,
-    "norm_topk_prob": True,
+    "num_key_value_heads": 4, "n_routed_experts": EXPERTS, "n_shared_experts": 1, "norm_topk_prob": True,
+    "num_hidden_layers": 1 + LAYERS, "first_k_dense_replace": 1,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Arch:
-    """How to build one architecture, and where transformers has its sites."""
+    """How to build one architecture, and where transformers has its sites: behind the layers without experts."""
 
     prefix: str
     config: dict[str, Any] = field(default_factory=dict)
@@ -31,7 +31,8 @@ class Arch:
 
     @property
     def sites(self) -> list[str]:
-        return [f"model.layers.{i}.{self.site}" for i in range(LAYERS)]
+        dense = self.config.get("first_k_dense_replace", 0)
+        return [f"model.layers.{dense + i}.{self.site}" for i in range(LAYERS)]
 
 
 ARCHS = {

@@ -75,9 +75,9 @@ def patch_router() -> None:
             (site,) = (s for s in artifact.sites if f".{layer}." in s)
             if policy["name"] == "sere":
                 table = artifact.sites[site]["similarity"]
-                ids = reference.sere_reroute(
-                    ids, table, policy["primary"], policy.get("threshold", 0.0), max_tokens=policy.get("max_tokens")
-                )
+                of_layer = {name: settings for name, *settings in policy.get("layers", ())}
+                primary, threshold = of_layer.get(site, (policy.get("primary"), policy.get("threshold", 0.0)))
+                ids = reference.sere_reroute(ids, table, primary, threshold, max_tokens=policy.get("max_tokens"))
             else:
                 logits = hidden.float() @ artifact.sites[site]["mask_router"].T
                 weights, ids = reference.beam_mask(weights, ids, logits, policy.get("tau", 0.5))

@@ -142,6 +142,25 @@ def test_no_entry_and_foreign_configurations_are_left_alone():
     assert config.prepare(SimpleNamespace(additional_config=object())) is None
 
 
+@pytest.mark.parametrize("key", ["moe-fx", "MOE_FX", "moe_fx "])
+def test_an_entry_under_another_spelling_is_not_ignored(key):
+    with pytest.raises(VllmError, match=f"has an entry '{key}': write it 'moe_fx'"):
+        config.prepare(SimpleNamespace(additional_config={key: {"policy": "sere"}}))
+
+
+@pytest.mark.parametrize(("plugins", "is_refused"), [("other", True), ("other,moe_fx", False), (None, False)])
+def test_engine_args_where_vllm_would_not_load_the_plugin(path, plugins, is_refused, monkeypatch):
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if plugins is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    if is_refused:
+        with pytest.raises(VllmError, match="VLLM_PLUGINS is 'other', so vLLM will not load moe_fx: add 'moe_fx' to it"):
+            engine_args(moe_fx.SERE(path))
+    else:
+        assert engine_args(moe_fx.SERE(path))
+    engine_args()  # no policy needs no plugin
+
+
 def test_importing_the_subpackage_does_not_import_vllm():
     program = "import sys, moe_fx; moe_fx.vllm.engine_args; print('vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import moe_fx
+
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 ARCHITECTURES = ["qwen3_moe", "qwen2_moe", "mixtral", "deepseek_v3", "olmoe"]
@@ -23,7 +25,12 @@ def policies(folder):
     sere = {"name": "sere", "artifact": artifact, "primary": 1}
     beam = {"name": "beam", "artifact": artifact}
     careful = {"name": "sere", "artifact": artifact, "primary": 2, "threshold": 0.4}
-    return {"sere": [sere], "beam": [beam], "both": [beam, careful], "small batches": [{**sere, "max_tokens": 3}]}
+    first, second = moe_fx.Artifact.load(artifact).sites
+    by_layer = {**sere, "layers": [[first, 3, 0.4], [second, 1, 0.2]]}
+    return {
+        "sere": [sere], "beam": [beam], "both": [beam, careful], "small batches": [{**sere, "max_tokens": 3}],
+        "by layer": [by_layer],
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -50,7 +57,7 @@ def test_without_a_policy_every_token_is_stock_vllms(engines, engine):
 
 
 @pytest.mark.parametrize("form", ["open", "opaque"])
-@pytest.mark.parametrize("variant", ["sere", "beam", "both", "small batches"])
+@pytest.mark.parametrize("variant", ["sere", "beam", "both", "small batches", "by layer"])
 def test_every_token_is_the_patched_engines(engines, form, variant):
     assert engines[form][variant] == engines["patched"][variant]
     assert engines["patched"][variant] != engines["patched"]["none"], "the policy must matter for this to mean anything"

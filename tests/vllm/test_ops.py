@@ -1,5 +1,6 @@
 """What runs inside vLLM's graphs, called directly: padding, expert placement, order of picks, refusals."""
 
+import copy
 import threading
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import torch
 
 import moe_fx
 from moe_fx.kernels import reference
-from moe_fx.testing import random_routing, random_similarity
+from moe_fx.testing import random_routing, random_similarity, tolerance
 
 pytest.importorskip("vllm", reason="needs vLLM (make test-vllm, or see docs/vllm.md)")
 pytestmark = pytest.mark.vllm
@@ -113,6 +114,28 @@ def test_the_graph_ops_return_new_tensors(ops, decision):
             new_weights, new_ids = torch.ops.moe_fx.route_layer(weights, ids, hidden, NAME)
         assert new_ids.data_ptr() != ids.data_ptr()
         assert new_weights.data_ptr() != weights.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_engines_cpu_kernel_sums_several_picks_of_one_expert(ops, dtype):
+    """Which a token has where two of its picks moved to the same expert."""
+    from vllm import _custom_ops
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    generator = torch.Generator().manual_seed(0)
+    hidden, width = 64, 32
+    sizes = (TOKENS, hidden), (EXPERTS, 2 * width, hidden), (EXPERTS, hidden, width)
+    x, w13, w2 = (0.3 * torch.randn(size, generator=generator).to(dtype) for size in sizes)
+    ids = torch.randint(0, 3, (TOKENS, TOP_K), generator=generator, dtype=torch.int32)  # four picks of three experts
+    weights = torch.rand(TOKENS, TOP_K, generator=generator)
+    packed = [_custom_ops.cpu_prepack_moe_weight(w, "vec") for w in (w13, w2)]
+    out = torch.full_like(x, float("nan"))
+    _custom_ops.cpu_fused_moe(out, x, *packed, None, None, weights, ids, "silu", "vec")
+    gate, up = (x.float() @ w13.float().mT).chunk(2, dim=-1)  # [E, T, I]
+    every = ((torch.nn.functional.silu(gate) * up) @ w2.float().mT).transpose(0, 1)  # [T, E, H]
+    expected = (every.gather(1, ids.long()[..., None].expand(-1, -1, hidden)) * weights[..., None]).sum(1)
+    torch.testing.assert_close(out, expected.to(dtype), **tolerance(dtype))
 
 
 def test_counts_leave_padding_out(ops, decision):
@@ -251,6 +274,8 @@ def vllm_router(kind):
 def test_each_of_vllms_routers_is_rerouted_best_picks_first(ops, kind):
     from vllm.config import VllmConfig, set_current_vllm_config
 
+    if kind == "biased" and not hasattr(torch.ops._C, "biased_topk_cpu"):
+        pytest.skip("vLLM has that kernel for CPUs with AVX512 only")
     logits = torch.randn(33, MANY, generator=torch.Generator().manual_seed(2))
     similarity = random_similarity(MANY, seed=1)
     policy = ops.LayerPolicy(NAME, (moe_fx.SERE(primary=2),), (similarity,), MANY, (2, 0.0))
@@ -356,6 +381,11 @@ def layer_like(**changed):
     return SimpleNamespace(**{**values, **changed})
 
 
+def with_deferred_sums():
+    """As Kimi-K3's layers on Blackwell: small batches go past vLLM's MoE op, and large ones, as the warm-up's, do not."""
+    return SimpleNamespace(use_deferred_moe_finalize=True)
+
+
 def with_zero_experts():
     router = router_class()()
     router.zero_expert_type = "identity"
@@ -369,6 +399,7 @@ def with_zero_experts():
         ({}, moe_fx.BEAM(), None),
         ({"is_monolithic": True}, moe_fx.SERE(), "routes inside itself"),
         ({"is_monolithic": True, "_forward_entry": len}, moe_fx.SERE(), None),  # in the open form the graph shows it
+        ({"moe_config": with_deferred_sums()}, moe_fx.SERE(), "outside vLLM's MoE op in small batches"),
         ({"router": object()}, moe_fx.SERE(), "has no step between"),
         ({"router": with_zero_experts()}, moe_fx.SERE(), "has taken out the picks of zero experts"),
         ({"do_naive_dispatch_combine": True}, moe_fx.SERE(), "sees the tokens of other ranks"),
@@ -408,6 +439,185 @@ def test_another_vllm_is_refused(version, monkeypatch):
     monkeypatch.setattr(vllm, "__version__", version)
     with pytest.raises(config.VllmError, match=rf"supports vLLM 0.26 to 0.32, but vLLM {version} is installed"):
         config.check_version()
+
+
+def test_another_vllm_is_touched_where_an_entry_is_refused_and_nowhere_else(monkeypatch):
+    import vllm
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    from moe_fx.vllm import plugin
+
+    def create_engine_config(self):
+        return SimpleNamespace(additional_config=self.additional_config)
+
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    monkeypatch.setattr(EngineArgs, "create_engine_config", create_engine_config)
+    monkeypatch.delattr(WorkerWrapperBase, "init_device")
+    plugin.register()
+    arguments = EngineArgs(model="nobody/nothing", additional_config={})
+    assert arguments.create_engine_config().additional_config == {}
+    arguments.additional_config = {"moe_fx": {"policy": "sere"}}
+    with pytest.raises(moe_fx.vllm.VllmError, match=r"vLLM 0.99.0 is installed"):
+        arguments.create_engine_config()
+
+
+def test_a_runner_without_a_mask_is_refused_micro_batches(monkeypatch):
+    """The count of real tokens is the whole batch's: padding of the second micro-batch would vote."""
+    from moe_fx.vllm import config, layers
+
+    parallel = SimpleNamespace(pipeline_parallel_size=1, use_ubatching=True)
+    runner = SimpleNamespace(get_model=lambda: None, vllm_config=SimpleNamespace(parallel_config=parallel))
+    settings = config.EngineSettings((moe_fx.TopK(),), stats=False)
+    monkeypatch.setattr(layers, "moe_layers", lambda model: {NAME: opaque_layer_like()})
+    with pytest.raises(config.VllmError, match="leave --enable-dbo out"):
+        layers.install(runner, settings, torch.device("cuda"))
+
+
+def opaque_layer_like():
+    layer = layer_like()
+    layer.moe_config.num_logical_experts = EXPERTS
+    return layer
+
+
+# ------------------------------------------------------------------------------------------ the pass in a configuration
+
+
+@pytest.fixture
+def engine_config(tmp_path):
+    """``engine_config(compilation, **policy)``: only what ``prepare`` reads of vLLM's configuration."""
+    from vllm.config import CompilationConfig
+
+    sites = {"model.layers.0.mlp": {"similarity": table(), "mask_router": torch.zeros(EXPERTS, HIDDEN)}}
+    artifact = str(moe_fx.Artifact(sites).save(tmp_path / "a.moe.safetensors"))
+
+    def of(compilation=None, **policy):
+        return SimpleNamespace(
+            additional_config={"moe_fx": {"policy": {"artifact": artifact, **policy}}},
+            compilation_config=compilation or CompilationConfig(), model_config=None,
+        )  # fmt: skip
+
+    return of
+
+
+def pass_of(vllm_config):
+    from moe_fx.vllm import config
+
+    config.prepare(vllm_config)
+    return vllm_config.compilation_config.inductor_compile_config[config.PASS_KEY]
+
+
+def test_a_configuration_that_served_another_engine_gets_the_new_policy(engine_config):
+    """A caller may give one ``CompilationConfig`` to several engines; its own pass stays, once."""
+    from vllm.compilation.passes.inductor_pass import CallableInductorPass
+    from vllm.config import CompilationConfig
+
+    own = CallableInductorPass(lambda graph: None, uuid="own")
+    compilation = CompilationConfig(inductor_compile_config={"post_grad_custom_post_pass": own})
+    first, second = engine_config(compilation, name="sere"), engine_config(compilation, name="beam")
+    passes = [pass_of(config) for config in (first, first, second)]
+    assert passes[0] is passes[1], "preparing it twice, as a worker does, changes nothing"
+    assert [type(p.policies[0]).__name__ for p in passes] == ["SERE", "SERE", "BEAM"]
+    assert [p.before for p in passes] == [own] * 3
+    assert passes[0].uuid() != passes[2].uuid()
+    assert first.additional_config["moe_fx"]["digest"] != second.additional_config["moe_fx"]["digest"]
+
+
+def write_nothing(graph):
+    """A user's pass as a plain function."""
+
+
+class Uncached:
+    """A user's pass whose results must not be kept."""
+
+    def __call__(self, graph):
+        pass
+
+    def uuid(self):
+        return None
+
+
+def test_any_form_of_a_users_pass_is_chained(engine_config):
+    from vllm.config import CompilationConfig
+
+    def chained(**given):
+        return pass_of(engine_config(CompilationConfig(**given), name="sere"))
+
+    key = "post_grad_custom_post_pass"
+    alone = chained()
+    plain = chained(inductor_compile_config={key: write_nothing})
+    named = chained(inductor_passes={key: "copy.copy"})  # the form of the command line
+    uncached = chained(inductor_compile_config={key: Uncached()})
+    assert alone.before is None
+    assert (plain.before.callable, named.before.callable) == (write_nothing, copy.copy)
+    assert len({p.uuid() for p in (alone, plain, named, uncached)}) == 4
+    assert uncached.uuid() is None
+    for routing_pass in (plain, named, uncached):
+        routing_pass(torch.fx.symbolic_trace(torch.nn.Identity()).graph)
+
+
+def moe_graph(router_input, experts_input, wrapped):
+    """A graph of one layer in the opaque form; the two functions make what the router and what the experts read."""
+    from torch._higher_order_ops.auto_functionalize import auto_functionalized
+
+    aten = torch.ops.aten
+    graph = torch.fx.Graph()
+    x, weight, name = (graph.placeholder(n) for n in ("x", "weight", "name"))
+    normed = graph.call_function(aten.mul.Tensor, (x, 2.0))
+    read = router_input(graph, normed)
+    logits = None
+    if read is not None:
+        cast = graph.call_function(aten._to_copy.default, (read,), {"dtype": torch.float32})
+        scores = graph.call_function(aten.mm.default, (cast, weight))
+        logits = graph.call_function(aten.tanh.default, (scores,))
+    given = graph.call_function(aten.constant_pad_nd.default, (experts_input(graph, normed), [0, 8]))
+    op = torch.ops.vllm.moe_forward.default
+    arguments = (given, given if logits is None else logits, None, None, name, 0)
+    if wrapped:
+        names = [a.name for a in op._schema.arguments]
+        node = graph.call_function(auto_functionalized, (op,), dict(zip(names, arguments, strict=True)))
+    else:
+        node = graph.call_function(op, arguments)
+    graph.output(node)
+    return graph, node
+
+
+def same(graph, normed):
+    return normed
+
+
+def normed_again(graph, normed):
+    return graph.call_function(torch.ops.aten.mul.Tensor, (normed, 3.0))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(
+    ("router_input", "experts_input", "is_one"),
+    [
+        (same, same, True),
+        (lambda *_: None, same, True),  # the router's linear map is inside the op
+        (normed_again, same, False),
+        (same, normed_again, False),
+        (normed_again, normed_again, False),  # Gemma 4's: of one hidden state, each its own
+    ],
+)
+def test_beam_in_the_opaque_form_reads_what_the_router_reads(ops, router_input, experts_input, is_one, wrapped):
+    from moe_fx.passes import graph as g
+    from moe_fx.vllm.graph_pass import RoutingPass
+
+    for policy, is_rewritten in ((moe_fx.BEAM(), is_one), (moe_fx.SERE(), True)):
+        graph, node = moe_graph(router_input, experts_input, wrapped)
+        RoutingPass("", (policy,))(graph)
+        assert (g.called(node) is torch.ops.moe_fx.moe_forward.default) == is_rewritten
+
+
+def test_policies_that_are_no_json_are_refused(engine_config):
+    from moe_fx.vllm import config
+
+    vllm_config = engine_config(name="sere")
+    vllm_config.additional_config["moe_fx"]["policy"] = config.parse(vllm_config.additional_config["moe_fx"]).policies[0]
+    with pytest.raises(config.VllmError, match=r"must be JSON: write policies as dicts, or have moe_fx.vllm.engine_args"):
+        config.prepare(vllm_config)
 
 
 def test_a_runner_without_a_mask_counts_its_real_tokens():
