@@ -436,8 +436,8 @@ def _policy(text: str, artifact: Artifact | None) -> tuple[Policy, ...]:
     listed: list[Any] = config if isinstance(config, list) else [config]
     parts: list[Any] = [{"name": p} if isinstance(p, str) else p for p in listed]  # what is neither is refused by from_config
     for part in parts:
-        name = str(part.get("name")).lower() if isinstance(part, dict) else None
-        if name in _READ_ARTIFACTS and "artifact" not in part:
+        reads = isinstance(part, dict) and str(part.get("name")).lower() in _READ_ARTIFACTS
+        if reads and "artifact" not in part:
             if artifact is None:
                 raise PolicyError(f"policy '{part['name']}' reads an artifact: name it with --artifact")
             part["artifact"] = artifact
