@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import gc
 import importlib
+import importlib.util
 import inspect
 import json
 import re
@@ -144,11 +145,14 @@ def architectures() -> tuple[list[Architecture], dict[str, str]]:
             continue
         package = f"transformers.models.{path.parent.name}"
         configs = [c for c in _classes(importlib.import_module(f"{package}.{path.stem}")) if _counts_experts(c)]
-        modeling = importlib.import_module(f"{package}.{path.stem.replace('configuration', 'modeling')}")
+        name_of_module = f"{package}.{path.stem.replace('configuration', 'modeling')}"
+        modeling = importlib.import_module(name_of_module) if importlib.util.find_spec(name_of_module) else None
         for config in configs:
             name = str(getattr(config, "model_type", ""))
-            model = _model_class(modeling, config)
-            if model is None:
+            model = _model_class(modeling, config) if modeling is not None else None
+            if modeling is None:
+                missing[name] = "transformers ships its configuration without a model"
+            elif model is None:
                 missing[name] = "no model class in its module is built from its configuration"
             elif name not in found:
                 found[name] = Architecture(name, config, model)

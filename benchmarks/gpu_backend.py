@@ -58,7 +58,7 @@ class LayerCache:
     def __init__(self, keys: Tensor, values: Tensor, position: Tensor) -> None:
         self.keys, self.values, self.position = keys, values, position
 
-    def update(self, keys: Tensor, values: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         self.keys.index_copy_(2, self.position, keys)
         self.values.index_copy_(2, self.position, values)
         return self.keys, self.values

@@ -193,7 +193,8 @@ def test_dynamic_shapes_and_changing_batches(experts: str) -> None:
         compiled = torch.compile(model, backend="moe_sparse", options=options, dynamic=dynamic)
         for batch, length in ((2, 9), (3, 5), (1, 1), (4, 7)):
             inputs = tiny.tokens(batch, length, seed=batch)
-            with torch.no_grad():
+            # transformers wraps all forwards in one function, which soon is compiled as often as Dynamo compiles any
+            with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
                 got = compiled(**inputs).logits
             assert_same(got, tiny.expected(model, name, rule, **inputs))
 
