@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -156,9 +157,13 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """
     settings, inner = _parse({**_options_of(model), "inner": "eager"}, None)
     report = Report()
+    given_up = _given_up()
     compiled_apart(model, lambda gm, inputs: _compile(gm, inputs, settings, inner, report))(*args, **kwargs)
+    given_up = [place for place in _given_up() if place not in given_up]
     if not report.graphs:
         report.add([], [Skip("", _NOTHING_CAPTURED)])
+    elif given_up and not report.sites and not report.skips:
+        report.add([], [Skip("", _GAVE_UP.format(", ".join(given_up)))])
     _Latest.report = report
     _forget()
     return report
@@ -168,6 +173,18 @@ _NOTHING_CAPTURED = (
     "Dynamo captured no graph, so nothing could be found: a graph break inside a loop makes it give up the whole function; "
     "torch.compile(..., fullgraph=True) shows where, or captures it"
 )
+
+
+_GAVE_UP = (
+    "Dynamo gave up whole functions because of a graph break inside a loop, and what these route was not seen: {}; "
+    "torch.compile(..., fullgraph=True) may capture them"
+)
+
+
+def _given_up() -> list[str]:
+    """The functions that Dynamo has given up so far, as it names them."""
+    found = re.findall(r"frame skipped: (.*?\))", "\n".join(torch._dynamo.utils.counters["unimplemented"]))
+    return list(dict.fromkeys(found))
 
 
 def _options_of(model: Callable[..., Any]) -> dict[str, Any]:
