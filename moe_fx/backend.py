@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -157,12 +159,17 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """
     settings, inner = _parse({**_options_of(model), "inner": "eager"}, None)
     report = Report()
+    before = _given_up()
     compiled_apart(model, lambda gm, inputs: _compile(gm, inputs, settings, inner, report))(*args, **kwargs)
+    given_up = [*(_given_up() - before)]
     if not report.graphs:
         report.add([], [Skip("", _NOTHING_CAPTURED)])
-    elif isinstance(root := uncompiled(model)[0], nn.Module):
-        unseen = [name for name, _ in routers_with_lists(root) if not report.mentions(name)]
-        report.add([], [Skip(name, UNCOMPILED, routing=True) for name in unseen])
+    elif given_up:
+        root = uncompiled(model)[0]
+        routers = [name for name, _ in routers_with_lists(root)] if isinstance(root, nn.Module) else []
+        report.add([], [Skip(name, UNCOMPILED, routing=True) for name in routers if not report.mentions(name)])
+        if not report.sites and not report.skips:
+            report.add([], [Skip("", _GAVE_UP.format(", ".join(given_up)))])
     _Latest.report = report
     _forget()
     return report
@@ -172,6 +179,18 @@ _NOTHING_CAPTURED = (
     "Dynamo captured no graph, so nothing could be found: a graph break inside a loop makes it give up the whole function; "
     "torch.compile(..., fullgraph=True) shows where, or captures it"
 )
+
+
+_GAVE_UP = (
+    "Dynamo gave up whole functions because of a graph break inside a loop, and what these route was not seen: {}; "
+    "torch.compile(..., fullgraph=True) may capture them"
+)
+
+
+def _given_up() -> Counter[str]:
+    """The functions that Dynamo has given up so far, as it names them, and how often."""
+    why = torch._dynamo.utils.counters["unimplemented"]
+    return Counter(place for text, times in why.items() for place in re.findall(r"frame skipped: (.*?\))", text) * times)
 
 
 def _options_of(model: Callable[..., Any]) -> dict[str, Any]:

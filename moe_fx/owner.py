@@ -184,8 +184,10 @@ def _lists_experts(block: nn.Module) -> bool:
 
 @functools.cache
 def _selects(kind: type) -> bool:
-    """Whether a method of a module's class calls ``topk`` or the like."""
-    calls = (word.func for word in _statements(kind) if isinstance(word, ast.Call))
+    """Whether the class that a module's ``forward`` is from calls ``topk`` or the like."""
+    base = next(base for base in kind.__mro__ if "forward" in vars(base))
+    methods = (function for function in vars(base).values() if inspect.isfunction(function))
+    calls = (word.func for function in methods for word in _said(function) if isinstance(word, ast.Call))
     return any(isinstance(f, ast.Attribute) and f.attr in ("topk", "argsort", "argmax", "sort") for f in calls)
 
 

@@ -14,7 +14,7 @@ from moe_fx.passes.graph import Weights, argument, dtype, is_float, is_integer, 
 from moe_fx.passes.proof import REACH, Proof, is_expert_stack, meets_experts
 from moe_fx.passes.router import LINEAR, SCORE_WISE, Router
 from moe_fx.passes.selection import Selection
-from moe_fx.passes.twice import enters_layer, loses_second_pick
+from moe_fx.passes.twice import OVERWRITES, bent_by, enters_layer, loses_second_pick
 
 #: Ops that turn the weights of a token's picks into weights of the same picks.
 WEIGHT_WISE = SCORE_WISE - {"slice", "narrow", "chunk", "split", "split_with_sizes", "scatter"}
@@ -25,8 +25,6 @@ ARITHMETIC = frozenset(
     "add sub rsub mul div floor_divide remainder fmod bitwise_and bitwise_or bitwise_xor masked_fill index_put".split()
 )
 
-#: Ops that write rows or entries at places, one over the other.
-OVERWRITES = frozenset("scatter index_copy index_fill index_put".split())
 #: Ops that take some of the picks.
 PARTS = frozenset("select slice narrow getitem unbind split chunk".split())
 
@@ -67,11 +65,12 @@ def find_cut(selection: Selection, router: Router, weights: Weights) -> tuple[Cu
     reason = reason or _writes_at_ids(cut)
     reason = reason or _chooses_again(selection, cut)
     reason = reason or loses_second_pick(selection, [(e.node, e.user) for e in cut.ids], weights)
+    reason = reason or _bends_matrix(selection, cut)
     reason = reason or _leaves_picks_out(selection, cut)
     if not reason and not (cut.ids or cut.dense):
         reason = "its ids are not used outside the router"
-    if not reason and cut.ids and cut.dense:
-        reason = "its ids leave the router both as pairs and as a dense matrix"
+    if not reason and cut.ids and cut.dense and cut.weights:
+        reason = "its weights leave the router both as pairs and as a dense matrix"
     return (None, reason) if reason else (cut, "")
 
 
@@ -99,6 +98,19 @@ def _looks_up_scores(selection: Selection, router: Router, weights: Weights, cut
         if not reached:
             break
         frontier = reached
+    return ""
+
+
+def _bends_matrix(selection: Selection, cut: Cut) -> str:
+    """Outputs weighed by a matrix, in which two picks of one expert are one, before an op that is not linear."""
+    stack = [(e.node, e.user) for e in cut.dense if selection.k > 1]
+    while stack:
+        _, user = stack.pop()
+        bend = bent_by(user) if op(user) == "mul" and rank(user) >= 2 else ""
+        if bend:
+            return f"what its experts give is weighed before {bend}, where two picks of one expert would not add up"
+        if op(user) in g.LAYOUT | g.CASTS | PARTS:
+            stack.extend((user, reader) for reader in user.users)
     return ""
 
 
@@ -322,7 +334,7 @@ def _scatters_into_experts(user: Node, ids: Node, router: Router) -> bool:
 
 def _counts_tokens(scatter: Node) -> bool:
     """Whether ones, scattered by the ids into zeros, are only added up over the tokens."""
-    if argument(scatter, "value", 3) != 1 or rank(scatter) != 2 or _background(scatter.args[0]) != "zero":
+    if argument(scatter, "value", 3) != 1 or rank(scatter) != 2 or fills_with(scatter.args[0]) != "zero":
         return False
     stack = [scatter]
     while stack:
@@ -422,7 +434,7 @@ _MASK_TESTS = frozenset("bool gt ge lt le eq ne bitwise_not logical_not".split()
 #: or is a mask, False ("picked") or True ("unpicked") there.
 _DENSE_RULES = {
     "zero": {
-        "mul": "zero", "div": "zero", "bool": "picked", "sum": "row", "amax": "row",
+        "mul": "zero", "div": "zero", "bool": "picked", **dict.fromkeys(("sum", "amax", "norm", "linalg_vector_norm"), "row"),
         **dict.fromkeys(g.RESHAPES | g.CASTS, "zero"),
     },
     "-inf": {
@@ -447,7 +459,7 @@ def _follow_dense(router: Router, dense_like: dict[Node, str], cut: Cut) -> str:
     """Follow matrices [..., E] made by scattering; the experts must read them where unpicked entries are zero."""
     stack = []
     for node in list(dense_like):
-        state = "zero" if op(node) != "scatter" else _background(node.args[0])
+        state = "zero" if op(node) != "scatter" else fills_with(node.args[0])
         if state is None:
             return "its picks are scattered into a matrix whose other entries are neither 0 nor -inf"
         dense_like[node] = _AS_MASK.get(state, state) if dtype(node) == torch.bool else state
@@ -506,9 +518,9 @@ def _kept_by_mask(node: Node, user: Node, state: str) -> str | None:
     """What scores are, where nothing was picked, after a mask said which of them stay."""
     name = op(user)
     if name == "where" and user.args[0] is node and len(user.args) == 3 and state in ("picked", "unpicked"):
-        return _background(user.args[2 if state == "picked" else 1])
+        return fills_with(user.args[2 if state == "picked" else 1])
     if name == "masked_fill" and state == "unpicked" and user.args[1] is node:
-        return _background(user.args[2])
+        return fills_with(user.args[2])
     return None
 
 
@@ -516,7 +528,7 @@ def _is_row_of_experts(node: Node, router: Router, mask: bool = False) -> bool:
     return (is_float(node) or mask) and size(node, -1) == router.num_experts and rank(node) <= 3
 
 
-def _background(base: object) -> str | None:
+def fills_with(base: object) -> str | None:
     """What a number, or a freshly filled tensor, is: "zero", "one", "-inf" (or so low as to be that), or None for others."""
     while isinstance(base, Node) and op(base) in g.RESHAPES | g.CASTS | {"expand"}:
         base = base.args[0]

@@ -26,6 +26,7 @@ from moe_fx.passes.graph import Weights, is_float, is_integer, module_path, op, 
 from moe_fx.passes.proof import REACH, becomes_one_hot, prove_experts
 from moe_fx.passes.router import SCORE_WISE, Router, find_router, scoring
 from moe_fx.passes.selection import SELECTION_RULES, Selection, selections, takes_lowest, thresholds, unreadable
+from moe_fx.passes.twice import writes_over_second_pick
 from moe_fx.site import Site, Skip, normal_name
 
 
@@ -42,7 +43,7 @@ class Routing:
     cut: Cut
     experts: Node | None  # the first op where the ids meet the experts; None where that is outside the graph
     weighs_input: bool  # whether the weights multiply what goes into the experts, not what comes out
-    distinct: bool = False  # whether a token may have each expert only once, as code outside the graph may write over it
+    distinct: bool = False  # whether a token may have each expert only once, as its second pick may be written over the first
 
 
 class Owner(Protocol):
@@ -186,7 +187,8 @@ def _examine(
             return Skip(name, f"its ids are never seen to select among {router.num_experts} experts{proof.hint}")
         scope = block
     outside = proof.at is None and not cut.dense
-    distinct = outside and selection.k > 1 and owner is not None and owner.may_overwrite(router.weight, router.num_experts)
+    distinct = outside and owner is not None and owner.may_overwrite(router.weight, router.num_experts)
+    distinct = selection.k > 1 and (distinct or writes_over_second_pick([(e.node, e.user) for e in cut.ids]))
     site = Site(scope, router.num_experts, selection.k, router.hidden_size, scoring(selection, router))
     return Routing(site, selection, router, cut, proof.at, weighs_input(cut, proof, router, weights), distinct)
 

@@ -769,6 +769,8 @@ def _is_expert(interpreter: _Interpreter, node: Node) -> Any:
 
 def _where(interpreter: _Interpreter, node: Node) -> Any:
     """The weights of one expert's picks, 0 for all others."""
+    if len(node.args) != 3:
+        return None  # where(mask) gives places
     mask, weights, other = node.args
     picked = interpreter.meaning(mask)
     zero = isinstance(other, (int, float)) and other == 0

@@ -38,9 +38,8 @@ def prove_experts(selection: Selection, router: Router, weights: Weights) -> Pro
     proof = Proof()
     proof.leaves_graph = _leaves_graph(selection.ids)
     compared = _compared(selection.ids)
-    if set(compared) >= set(range(router.num_experts)) and all(
-        _gates_activations(compared[e], router, weights) for e in (0, router.num_experts - 1)
-    ):
+    every = set(compared) >= set(range(router.num_experts))
+    if every and _weighs_own_layers(compared[0], compared[router.num_experts - 1], router, weights):
         proof.at = compared[0]
         proof.paths = [p for p in [module_path(compared[0])] if p is not None]
         return proof
@@ -83,16 +82,54 @@ def _compared(ids: Node) -> dict[int, Node]:
     return found
 
 
-def _gates_activations(mask: Node, router: Router, weights: Weights) -> bool:
-    """Whether a mask of one expert's picks multiplies activations, a few ops on."""
+def _weighs_own_layers(first: Node, last: Node, router: Router, weights: Weights) -> bool:
+    """Whether masks of two experts' picks gate activations, or choose them, that go through weights of each one's own.
+
+    What is averaged class by class goes through none, or through the same.
+    """
+    one, other = (_gated_through(mask, router, weights) for mask in (first, last))
+    stacked = any(isinstance(w, Node) and is_expert_stack(w, router, weights) for w in one & other)
+    return stacked or bool(one - other and other - one)
+
+
+def _gated_through(mask: Node, router: Router, weights: Weights) -> set[object]:
+    """The weights that were read on the way to, or are on the way from, activations that a mask gates a few ops on."""
+    found: set[object] = set()
     frontier = [mask]
     for _ in range(6):
         frontier = [u for n in frontier for u in n.users if u.op == "call_function"]
         for user in frontier:
             others = [i for i in user.all_input_nodes if is_float(i) and carries_activations(i, router, weights)]
-            if op(user) in ("mul", "where") and others:
-                return True
-    return False
+            if others and (op(user) in ("mul", "where") or (op(user) in _LOOK_UPS and user.all_input_nodes[0] in others)):
+                found |= _read_before(others, router, weights) | _read_behind(user, weights)
+        if found:
+            return found  # further on are the sums of all experts
+    return found
+
+
+def _read_before(nodes: list[Node], router: Router, weights: Weights) -> set[object]:
+    """The weights between the router's input and some values."""
+    found: set[object] = set()
+    seen: set[Node] = set()
+    stack = [*nodes]
+    while stack and len(seen) < REACH:
+        node = stack.pop()
+        if node in weights:
+            found.add(_own_name(node))
+        elif node not in seen and node is not router.linear and not node < router.hidden:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def _read_behind(node: Node, weights: Weights) -> set[object]:
+    """The weights that are read a few ops behind a value."""
+    found: set[object] = set()
+    frontier = [node]
+    for _ in range(8):
+        frontier = [*dict.fromkeys(u for n in frontier for u in n.users if u.op == "call_function" and is_float(u))][:REACH]
+        found |= {_own_name(i) for u in frontier for i in u.all_input_nodes if i in weights}
+    return found
 
 
 def becomes_one_hot(ids: Node, num_experts: int) -> bool:

@@ -18,9 +18,10 @@ from torch.fx.node import Node
 import moe_fx.ops  # noqa: F401  (defines torch.ops.moe_fx)
 from moe_fx.passes import graph as g
 from moe_fx.passes.bind import Binder
-from moe_fx.passes.cut import Edge, leaves_weights_out
+from moe_fx.passes.cut import PARTS, Edge, fills_with, leaves_weights_out
 from moe_fx.passes.find_sites import Routing
 from moe_fx.passes.mlp import Experts
+from moe_fx.passes.proof import PRODUCTS
 from moe_fx.passes.region import find_region
 from moe_fx.policy import BEAM, NAEE, OEA, SERE, Baseline, Drop, ExFold, Policy, SmallerK, StaticPrune, TopP
 
@@ -282,11 +283,14 @@ def _obstacle(routing: Routing, policies: tuple[Policy, ...], carriers: list[Nod
     if not routing.cut.dense and not all(map(routing.selection.is_per_pick, carriers)):
         return "its weights leave the router in another shape than its ids"
     moves = routing.selection.k > 1 and any(isinstance(p, SERE) for p in policies)
-    if moves and routing.weighs_input and routing.cut.dense:
+    if routing.experts is not None and routing.selection.k > 1 and not _come_together(routing):
+        return "what its picks give is neither weighed nor added up, as predictions of the likeliest classes are not"
+    weighs_input = routing.weighs_input and not _scales_output(routing)
+    if moves and weighs_input and routing.cut.dense:
         return "its weights multiply the experts' input, where two picks of one expert cannot be merged"
     if _switches_off(policies) and has_capacity(routing):
         return "its experts have a capacity, in which a pick that is off would still take a place"
-    if _switches_off(policies) and routing.weighs_input:
+    if _switches_off(policies) and weighs_input:
         return "its weights multiply the experts' input, and an expert may give something for an input of 0"
     if _switches_off(policies) and not _gives_nothing_for_zero(routing):
         return "its weights stand before a part of its experts that may give something for a weight of 0"
@@ -333,7 +337,7 @@ def _gives_nothing_for_zero(routing: Routing) -> bool:
     picked = {e.user for e in routing.cut.ids}  # what depends on the ids
     scaled: set[Node] = set()  # what is 0 where a weight is
     for node in region.nodes if region is not None else ():
-        inputs = [i for i in node.all_input_nodes if i in scaled or (i, node) in leaves]
+        inputs = [i for i in node.all_input_nodes if i in scaled or (i, node) in leaves or fills_with(i) == "zero"]
         others = [i for i in node.all_input_nodes if i not in inputs and g.is_float(i)]
         if not picked.isdisjoint(node.all_input_nodes):
             picked.add(node)
@@ -344,6 +348,42 @@ def _gives_nothing_for_zero(routing: Routing) -> bool:
         scaled.add(node)
     return True
 
+
+def _come_together(routing: Routing) -> bool:
+    """Whether the picks' outputs become one vector for each token, or are at least weighed."""
+    if routing.cut.dense or find_region(routing) is not None:
+        return True
+    stack, seen = [e.user for e in routing.cut.weights], set()
+    while stack:
+        node = stack.pop()
+        if g.op(node) in PRODUCTS | {"mul"} or node.op == "output":
+            return True
+        if node not in seen and g.op(node) in g.LAYOUT | g.CASTS | PARTS | {"index", "index_select", "where", "sum"}:
+            seen.add(node)
+            stack.extend(node.users)
+    return False
+
+
+def _scales_output(routing: Routing) -> bool:
+    """Whether weights that multiply what goes into a layer of the experts scale their output all the same.
+
+    That is so where it is their last layer, behind which no op is other than linear.
+    """
+    region = find_region(routing)
+    leaves = {(e.node, e.user) for e in (*routing.cut.weights, *routing.cut.dense)}
+    scaled: set[Node] = set()
+    for node in region.nodes if region is not None else ():
+        inputs = [i for i in node.all_input_nodes if i in scaled or (i, node) in leaves]
+        linear = g.op(node) in _LINEAR_IN_ONE and len(inputs) == 1 and not (g.op(node) == "linear" and len(node.args) > 2)
+        if inputs and not linear and g.op(node) not in _LINEAR_IN_ALL:
+            return False
+        scaled |= {node} if inputs else set()
+    return region is not None
+
+
+#: Ops that are linear in one of the values that they multiply, and in all of those that they join.
+_LINEAR_IN_ONE = frozenset("mul linear mm bmm matmul einsum".split()) | g.LAYOUT | g.CASTS
+_LINEAR_IN_ALL = frozenset("sum add cat stack select slice getitem unbind split chunk".split())
 
 #: Ops that give something for 0.
 _NOT_ZERO_AT_ZERO = frozenset("sigmoid exp softmax _softmax softplus cos log_sigmoid reciprocal".split())

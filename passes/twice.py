@@ -62,6 +62,38 @@ def loses_second_pick(selection: Selection, masked_ids: list[tuple[Node, Node]],
 _REASON = "its experts take for granted that a token picks none of them twice, as it may after a policy: {}"
 
 
+def writes_over_second_pick(masked_ids: list[tuple[Node, Node]]) -> bool:
+    """Whether one expert's rows are written to their tokens' places, not added: a token that has it twice stands there twice."""
+    stack = [(user, False) for _, user in masked_ids if op(user) in ("eq", "one_hot")]
+    seen: set[Node] = set()
+    while stack:
+        node, is_place = stack.pop()
+        for user in node.users:
+            if is_place and op(user) in OVERWRITES and user.args[0] is not node and not argument(user, "accumulate", 3, False):
+                if not _names_each_pick(user):
+                    return True
+            elif user not in seen and not is_float(user) and user.op == "call_function":
+                seen.add(user)
+                stack.append((user, is_place or op(user) in _FINDS))
+    return False
+
+
+#: Ops that write rows or entries at places, one over the other.
+OVERWRITES = frozenset("scatter index_copy index_fill index_put".split())
+#: Ops that give the places where a mask is true.
+_FINDS = frozenset("where nonzero nonzero_numpy argwhere".split())
+
+
+def _names_each_pick(write: Node) -> bool:
+    """Whether rows are written at all coordinates at which a mask was true: then each stands there once."""
+    places = write.args[1]
+    if op(write) != "index_put" or not isinstance(places, (list, tuple)):
+        return False
+    found = {place.all_input_nodes[0] for place in places if isinstance(place, Node) and op(place) == "getitem"}
+    masks = {i for node in found if op(node) in _FINDS for i in node.all_input_nodes}
+    return len(found) == len(masks) == 1 and len({*places}) == rank(masks.pop())
+
+
 def _marks_picks(selection: Selection, ids: Node, user: Node) -> bool:
     per_pick = selection.is_per_pick(ids) and size(ids, -1) == selection.k and not selection.squeezed
     return per_pick and ((op(user) == "eq" and isinstance(user.args[1], int)) or op(user) == "one_hot")
@@ -117,11 +149,31 @@ def _misreads_sum(total: Node, weighted: bool, weights: Weights) -> str:
             seen.add(user)
             if op(user) in _TAKE:
                 stack.append(user)
+            elif op(user) == "mul" and (bend := bent_by(user)):
+                return f"what an expert gives is weighed before {bend}"
             elif not weighted and _tells_one_from_two(user, node):
                 return f"how often it was picked is compared ({op(user)})"
             elif op(user) in PRODUCTS | {"mul"} and enters_layer(user, node, weights):
                 return "its input is multiplied by how often it was picked"
     return ""
+
+
+def bent_by(product: Node) -> str:
+    """The op, if any, for which the weights of two picks, added up, are not the same as both picks' results, added up."""
+    stack = [product]
+    while stack:
+        for user in stack.pop().users:
+            if op(user) in _BENDS:
+                return op(user)
+            if op(user) in g.LAYOUT | g.CASTS:
+                stack.append(user)
+    return ""
+
+
+#: Ops that are not linear.
+_BENDS = frozenset(
+    "tanh sigmoid relu silu gelu exp sqrt square pow abs softmax _softmax amax amin max min prod layer_norm rms_norm".split()
+)
 
 
 def _tells_one_from_two(user: Node, count: Node) -> bool:

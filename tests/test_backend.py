@@ -280,6 +280,34 @@ def test_explain_says_when_nothing_was_captured() -> None:
     assert "captured no graph" in report.skips[0].reason
 
 
+def test_explain_says_what_dynamo_gave_up_where_nothing_else_was_found() -> None:
+    class Loops(nn.Module):
+        """The experts are captured one by one; the function that routes is not."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(H, 4)
+            self.experts = nn.ModuleList(nn.Sequential(nn.Linear(H, H), nn.Tanh()) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            weights, ids = self.gate(x).softmax(-1).topk(2)
+            out = torch.zeros_like(x)
+            for e in range(4):
+                tokens, slots = torch.where(ids == e)
+                out.index_add_(0, tokens, self.one(e, x[tokens]) * weights[tokens, slots, None])
+            return out
+
+        def one(self, e: int, rows: Tensor) -> Tensor:
+            return self.experts[e](rows)
+
+    with torch.no_grad():
+        report = moe_fx.explain(Loops(), torch.randn(4, H))
+    assert report.graphs
+    (skip,) = report.skips
+    assert "Dynamo gave up" in skip.reason
+    assert "fullgraph=True" in skip.reason
+
+
 def test_explain_passes_the_models_own_errors_on() -> None:
     with pytest.raises(Exception, match="shape|size"):
         moe_fx.explain(Model(), torch.randn(4, H + 1))

@@ -49,10 +49,10 @@ def run(layer: layers.Layer, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         return layer.run(x, ids, weights)
 
 
-def captured(layer: layers.Layer, x: Tensor) -> fx.GraphModule:
+def captured(layer: layers.Layer, x: Tensor, fullgraph: bool = False) -> fx.GraphModule:
     graphs: list[fx.GraphModule] = []
     with torch.no_grad():
-        torch.compile(layer, backend=lambda gm, _: graphs.append(normalize(gm)) or gm.forward)(x)
+        torch.compile(layer, backend=lambda gm, _: graphs.append(normalize(gm)) or gm.forward, fullgraph=fullgraph)(x)
     (gm,) = graphs
     return gm
 
@@ -78,6 +78,76 @@ def test_sere_is_the_definition(cls: type[layers.Layer], primary: int, threshold
     assert moe_fx.last_report().ops_after["moe_fx.sere_reroute"] == 1
     if primary == 1 and threshold == 0 and ROUTES[cls] > 1:
         assert not torch.equal(moved, ids), "something must move for the test to mean anything"
+
+
+class AddedAtPlaces(layers.LoopOverExperts):
+    """``out[tokens] += ...`` adds one of two rows of a token, so that no token may have an expert twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids, weights = self.route(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            tokens, slots = torch.where(ids == e)
+            out[tokens] += weights[tokens, slots, None] * expert(x[tokens])
+        return out
+
+
+class AddedAtQuotients(layers.LoopOverExperts):
+    """Tokens come from places among all picks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids, weights = self.route(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            places = (ids.flatten() == e).nonzero().squeeze(1)
+            tokens = places // layers.K
+            out[tokens] = out[tokens] + weights.flatten()[places].unsqueeze(1) * expert(x[tokens])
+        return out
+
+
+class PutAtPicks(layers.LoopOverExperts):
+    """Every pick has a row of its own, which is written once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids, weights = self.route(x)
+        rows, flat = x.repeat_interleave(layers.K, dim=0), ids.flatten()
+        out = torch.empty_like(rows)
+        for e, expert in enumerate(self.experts):
+            (places,) = torch.where(flat == e)
+            out[places] = expert(rows[places])
+        return (out.view(*ids.shape, -1) * weights.unsqueeze(-1)).sum(1)
+
+
+class AddedWhereAny(layers.LoopOverExperts):
+    """The tokens that picked an expert, each once, and a column of a matrix at them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids, weights = self.route(x)
+        gates, out = torch.zeros(x.shape[0], E).scatter(1, ids, weights), torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            picked = (ids == e).any(-1)
+            out[picked] += expert(x[picked]) * gates[picked, e].unsqueeze(1)
+        return out
+
+
+@pytest.mark.parametrize("cls", [AddedAtPlaces, AddedAtQuotients, PutAtPicks, AddedWhereAny])
+def test_policies_are_the_definition_where_rows_are_written_to_places(cls: type[layers.Layer]) -> None:
+    layer, x, artifact = make(cls)
+    ids, weights = decided(layer, x)
+    site, distinct = artifact.sites[""], cls in (AddedAtPlaces, AddedAtQuotients)
+    moved = reference.sere_reroute(ids, site["similarity"], 1, 0.0)
+    assert (moved[:, 0] == moved[:, 1]).any(), "a token must have an expert twice for the test to mean anything"
+    masked, _ = reference.beam_mask(weights, ids, x @ site["mask_router"].T, 0.6)
+    policies = [moe_fx.TopK(), moe_fx.SERE(artifact, primary=1), moe_fx.BEAM(artifact, tau=0.6)]
+    for policy, new_ids, new_weights in zip(policies, (ids, moved, ids), (weights, weights, masked), strict=True):
+        torch._dynamo.reset()
+        options = {"policy": policy, "inner": "eager", "strict": True}
+        with torch.no_grad():
+            got = torch.compile(layer, backend="moe_sparse", options=options, fullgraph=True)(x)
+        torch.testing.assert_close(got, run(layer, x, new_ids, new_weights), **tolerance(torch.float32))
+    assert [s.top_k for s in moe_fx.last_report().sites] == [layers.K]
+    (routing,), _ = find_sites(captured(layer, x, fullgraph=True))
+    assert routing.distinct == distinct
 
 
 @pytest.mark.parametrize("cls", [c for c in ROUTES if c is not layers.Capacity])
@@ -159,6 +229,9 @@ def test_left_alone(cls: type[layers.Layer]) -> None:
         (layers.PickedOnce, r"compared \(eq\)"),
         (layers.InputTimesPicks, "input is multiplied"),
         (layers.ChunkMemory, "never seen to select"),
+        (layers.SquashedOutputs, "weighed before tanh"),
+        (layers.LargestOutput, "weighed before amax"),
+        (layers.SquashedInTurn, "weighed before tanh"),
     ],
 )
 def test_what_resembles_routing_is_reported_with_its_reason(cls: type[layers.Layer], words: str) -> None:
@@ -315,6 +388,25 @@ def test_sere_keeps_away_where_a_matrix_multiplies_the_input_of_experts_that_are
     with torch.no_grad():
         torch.testing.assert_close(compiled(layer, x, moe_fx.SERE(artifact, primary=1)), layer(x), rtol=0, atol=0)
     assert "two picks of one expert cannot be merged" in moe_fx.last_report().skips[-1].reason
+
+
+class HeadsOfClasses(layers.LoopOverExperts):
+    """A box for each of the likeliest classes, beside the class and its score: nothing is added up."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids, weights = self.route(x)
+        every = torch.stack([head(x) for head in self.experts], dim=1)
+        boxes = every.gather(1, ids.unsqueeze(-1).expand(-1, -1, H))
+        return torch.cat([boxes, weights.unsqueeze(-1), ids.unsqueeze(-1).float()], dim=-1)
+
+
+def test_heads_of_the_likeliest_classes_are_left_alone() -> None:
+    layer, x, artifact = make(HeadsOfClasses)
+    for policy in (moe_fx.SERE(artifact, primary=1), moe_fx.BEAM(artifact, tau=0.6)):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(layer, x, policy), layer(x), rtol=0, atol=0)
+        assert "neither weighed nor added up" in moe_fx.last_report().skips[-1].reason
 
 
 def test_ops_before_and_after() -> None:

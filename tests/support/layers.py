@@ -361,6 +361,27 @@ class MatrixUnbound(LoopOverExperts):
         return sum(column.unsqueeze(-1) * expert(shared) for column, expert in zip(columns, self.experts, strict=True))
 
 
+class MatrixAtPicked(LoopOverExperts):
+    """The ids say for which tokens an expert counts, and a matrix says how much."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids, weights = self.route(x)
+        gates, out = torch.zeros(x.shape[0], E).scatter(1, ids, weights), torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            out = out + torch.where((ids == e).any(-1, keepdim=True), gates[:, e : e + 1] * expert(x), 0.0)
+        return out
+
+
+class MatrixInLastLayer(Layer):
+    """The matrix of weights stands in one product with the experts' last layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids, weights = self.route(x)
+        gates = torch.zeros(x.shape[0], E).scatter(1, ids, weights)
+        hidden = F.silu(torch.einsum("th,ehi->tei", x, self.up))
+        return torch.einsum("tei,eih,te->th", hidden, self.down, gates)
+
+
 class StackedOutputs(LoopOverExperts):
     """All experts run, and the picks' outputs are taken from theirs."""
 
@@ -373,6 +394,19 @@ class StackedOutputsIndexed(LoopOverExperts):
         ids, weights = self.route(x)
         every = torch.stack([expert(x) for expert in self.experts])
         return (every[ids, torch.arange(x.shape[0]).unsqueeze(1)] * weights.unsqueeze(-1)).sum(1)
+
+
+class MatrixOfLengthOne(Layer):
+    """Each token's row of the matrix is divided by its length."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = self.router(x).softmax(-1).topk(K)
+        return ids, weights / weights.norm(dim=-1, keepdim=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x).softmax(-1).topk(K)
+        gates = torch.zeros(x.shape[0], E).scatter(1, ids, weights)
+        return self.run_dense(x, gates / gates.norm(dim=-1, keepdim=True))
 
 
 class MaskedLogits(Layer):
@@ -510,7 +544,8 @@ ROUTES: dict[type[Layer], int] = {
     IdsLaidOutLikeWeights: K, TransposedRouter: K, TransposedEinsum: K, ChannelsFirst: K, TransposedBest: 1,
     MatrixByColumns: K, MatrixUnbound: K, StackedOutputs: K, StackedOutputsIndexed: K, MaskedLogits: K, MaskedLogitsWhere: K,
     MaskedScores: K, PutAtPlaces: K, FloatIds: K, RowsOfMatrices: K, SelectsMore: K, NormalisedFlat: K, DoubleRouter: K,
-    TwoOpinions: K, InOrderOfIds: K,
+    TwoOpinions: K, InOrderOfIds: K, MatrixAtPicked: K, MatrixInLastLayer: K,
+    MatrixOfLengthOne: K,
 }  # fmt: skip
 
 
@@ -648,6 +683,15 @@ class ClassCounts(Layer):
     def forward(self, x: Tensor) -> Tensor:
         ids = self.router(x).topk(K).indices
         return torch.stack([(ids == c).sum() for c in range(E)]).float()
+
+
+class ClassMeans(Layer):
+    """A prototype for each class, of the tokens that may belong to it, and one layer for them all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids, weights = self.route(x)
+        masks = [(weights * (ids == c)).sum(-1, keepdim=True) for c in range(E)]
+        return torch.stack([F.silu((x * mask).sum(0) @ self.up[0]) @ self.down[0] for mask in masks])
 
 
 class NegatedDistance(Layer):
@@ -959,6 +1003,31 @@ class InputTimesPicks(LoopOverExperts):
         return sum((weights * mask).sum(-1, keepdim=True) * y for mask, y in zip(masks, outputs, strict=True))
 
 
+class SquashedOutputs(Layer):
+    """Every expert's weighed output is squashed by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids, weights = self.route(x)
+        columns = torch.zeros(x.shape[0], E).scatter(1, ids, weights).T.unsqueeze(-1)
+        return torch.tanh(columns * torch.bmm(F.silu(torch.bmm(x.expand(E, *x.shape), self.up)), self.down)).sum(0)
+
+
+class LargestOutput(Layer):
+    """Of all experts' weighed outputs the largest numbers count."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids, weights = self.route(x)
+        columns = torch.zeros(x.shape[0], E).scatter(1, ids, weights).T.unsqueeze(-1)
+        return (columns * torch.bmm(F.silu(torch.bmm(x.expand(E, *x.shape), self.up)), self.down)).amax(0)
+
+
+class SquashedInTurn(LoopOverExperts):
+    def forward(self, x: Tensor) -> Tensor:
+        ids, weights = self.route(x)
+        masks = [(weights * (ids == e)).sum(-1, keepdim=True) for e in range(E)]
+        return sum(torch.tanh(mask * expert(x)) for mask, expert in zip(masks, self.experts, strict=True))
+
+
 class ChunkMemory(Layer):
     """Chunks of a memory are looked up and attended to: their rows are keys and values, and no layer of an expert."""
 
@@ -974,5 +1043,6 @@ LEFT_ALONE: tuple[type[Layer], ...] = (
     OneHotCounts, LastVisitors, ReachTheKth, BelowTheKth, EqualToBest, ReachTheKthUnit, ExpertChoiceDown,
     GatheredTransposed, DropsBest, PushedDown, Boosted, WithoutBest, ChannelGroups, StackOfScales,
     RowsOfTheRouter, RankOneExperts, ChosenAgain, ReplacedIds, FirstReplaced, WrittenInOrder, LargestWeight, FirstPlace,
-    PickedOnce, InputTimesPicks, ChunkMemory,
+    PickedOnce, InputTimesPicks, ChunkMemory, ClassMeans, SquashedOutputs,
+    LargestOutput, SquashedInTurn,
 )  # fmt: skip
