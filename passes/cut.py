@@ -298,6 +298,8 @@ def _gathers_score(user: Node, ids: Node, router: Router, weights: Weights) -> b
         source = user.args[0]
         if op(ids) == "expand" and size(ids, -1) not in (1, size(ids.args[0], -1)):
             return False  # a whole vector for each pick
+        if name == "take_along_dim" and not same_shape(user, ids):
+            return False  # the same, spelled by broadcasting
         return is_float(source) and rank(source) == rank(ids) and user.args[0] is not ids and source not in weights
     if name == "index":
         source, index = user.args[0], user.args[1]
@@ -435,7 +437,7 @@ _MASK_TESTS = frozenset("bool gt ge lt le eq ne bitwise_not logical_not".split()
 _DENSE_RULES = {
     "zero": {
         "mul": "zero", "div": "zero", "bool": "picked", **dict.fromkeys(("sum", "amax", "norm", "linalg_vector_norm"), "row"),
-        **dict.fromkeys(g.RESHAPES | g.CASTS, "zero"),
+        **dict.fromkeys(g.RESHAPES | g.CASTS | {"sqrt", "square", "relu"}, "zero"),
     },
     "-inf": {
         "softmax": "zero", "_softmax": "zero", "sigmoid": "zero", "exp": "zero", "add": "-inf",

@@ -304,7 +304,19 @@ class _Trail:
         Memories that are looked up and attended to are no experts.
         """
         beyond = [*_across_softmax(product, lambda n: [*n.users]), *_across_softmax(product, lambda n: n.all_input_nodes)]
-        return any(meets_experts(node, self._router, self._weights) for node in beyond)
+        looked_up = any(op(node) in PRODUCTS and self._comes_from_ids(node) for node in beyond)
+        return looked_up or any(meets_experts(node, self._router, self._weights) for node in beyond)
+
+    def _comes_from_ids(self, node: Node) -> bool:
+        """Whether a value was made from what is on the trail, in whichever way: keys may be projected first."""
+        stack, visited = [node], {node}
+        while stack and len(visited) < REACH:
+            made_of = {i for i in stack.pop().all_input_nodes if i not in visited and i not in self._weights}
+            if not self.seen.isdisjoint(made_of):
+                return True
+            visited |= made_of
+            stack += [i for i in made_of if self._router.linear < i]
+        return False
 
     def _has_expert_axis(self, node: Node) -> bool:
         """Whether rows were sorted into a tensor [..., E, C, H]; one that was only repeated for each expert was not."""

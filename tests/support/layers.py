@@ -389,6 +389,25 @@ class StackedOutputs(LoopOverExperts):
         return self.run(x, *self.route(x))
 
 
+class RootsOfMatrix(Layer):
+    """Each number of the matrix is replaced by its root."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = self.router(x).softmax(-1).topk(K)
+        return ids, weights.sqrt()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x).softmax(-1).topk(K)
+        return self.run_dense(x, torch.zeros(x.shape[0], E).scatter(1, ids, weights).sqrt())
+
+
+class StackedOutputsTaken(LoopOverExperts):
+    def forward(self, x: Tensor) -> Tensor:
+        ids, weights = self.route(x)
+        every = torch.stack([expert(x) for expert in self.experts], dim=1)
+        return (torch.take_along_dim(every, ids.unsqueeze(-1), dim=1) * weights.unsqueeze(-1)).sum(1)
+
+
 class StackedOutputsIndexed(LoopOverExperts):
     def forward(self, x: Tensor) -> Tensor:
         ids, weights = self.route(x)
@@ -545,7 +564,7 @@ ROUTES: dict[type[Layer], int] = {
     MatrixByColumns: K, MatrixUnbound: K, StackedOutputs: K, StackedOutputsIndexed: K, MaskedLogits: K, MaskedLogitsWhere: K,
     MaskedScores: K, PutAtPlaces: K, FloatIds: K, RowsOfMatrices: K, SelectsMore: K, NormalisedFlat: K, DoubleRouter: K,
     TwoOpinions: K, InOrderOfIds: K, MatrixAtPicked: K, MatrixInLastLayer: K,
-    MatrixOfLengthOne: K,
+    MatrixOfLengthOne: K, StackedOutputsTaken: K, RootsOfMatrix: K,
 }  # fmt: skip
 
 
@@ -1036,6 +1055,18 @@ class ChunkMemory(Layer):
         return x + torch.einsum("tc,tch->th", torch.einsum("th,tch->tc", x, chunks).softmax(-1), chunks)
 
 
+class ProjectedMemory(ChunkMemory):
+    """The chunks' keys are projected first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key = nn.Linear(H, H)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chunks = self.down[self.router(x).topk(K).indices].flatten(1, 2)
+        return torch.einsum("tc,tch->th", torch.einsum("th,tch->tc", x, self.key(chunks)).softmax(-1), chunks)
+
+
 LEFT_ALONE: tuple[type[Layer], ...] = (
     Sampler, Indexer, ExpertChoice, NucleusRouting, GroupOnly, SmallestPicks, ShiftedIds, Median,
     OneHotScores, MaskedIds, PromptPool, KWinners, ClassCounts, NegatedDistance, LastOfAscending, ProductKeys, MasksInTurn,
@@ -1044,5 +1075,5 @@ LEFT_ALONE: tuple[type[Layer], ...] = (
     GatheredTransposed, DropsBest, PushedDown, Boosted, WithoutBest, ChannelGroups, StackOfScales,
     RowsOfTheRouter, RankOneExperts, ChosenAgain, ReplacedIds, FirstReplaced, WrittenInOrder, LargestWeight, FirstPlace,
     PickedOnce, InputTimesPicks, ChunkMemory, ClassMeans, SquashedOutputs,
-    LargestOutput, SquashedInTurn,
+    LargestOutput, SquashedInTurn, ProjectedMemory,
 )  # fmt: skip
