@@ -1,6 +1,6 @@
 """One layer of experts: transformers' own under Inductor, the same through moe_sparse, and ``fused_experts`` by itself.
 
-    python -m benchmarks.experts_layer [--threads 2] [--out FOLDER]
+    python -m benchmarks.experts_layer [--threads 2] [--tokens 1 4 16] [--out FOLDER]
 
 Random weights, four layers of them in turn.  Every round measures every configuration once, and a copy of memory, so that
 a busy moment of the machine slows all of them; before each, memory is read, so that none finds its weights in the cache or
@@ -93,8 +93,8 @@ class Candidate:
         return statistics.fmean(int(reference.count_active(ids, num_experts)) for _, ids in self.picks)
 
 
-def run(say: Say) -> list[Row]:
-    """A row for every shape, batch and configuration.
+def run(say: Say, tokens: Sequence[int] = ()) -> list[Row]:
+    """A row for every shape, batch (or those of so many ``tokens`` only) and configuration.
 
     Raises:
         WrongResultError: a configuration differs from the reference.
@@ -104,7 +104,7 @@ def run(say: Say) -> list[Row]:
     with torch.inference_mode():
         for shape in SHAPES[device]:
             experts = [random_layer(shape, device, seed) for seed in range(LAYERS)]
-            for num_tokens in shape.batches:
+            for num_tokens in tokens or shape.batches:
                 say(f"{shape.model}, {num_tokens} tokens")
                 rows += measure(shape, experts, num_tokens, device)
     return rows
@@ -264,12 +264,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the .csv file (%(default)s)")
     parser.add_argument("--threads", type=int, default=available_cores(), help="CPU threads (%(default)s)")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[], help="only these batches (default: all)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     console = Console(width=200)
     with console.status("starting") as status:
-        rows = run(status.update)
-    device = torch.cuda.get_device_name().lower().replace(" ", "-") if torch.cuda.is_available() else "cpu"
+        rows = run(status.update, options.tokens)
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    device = name.lower().replace(" ", "-")
     path = options.out / f"experts_layer_{device}.csv"
     write_csv(path, rows)
     ratios = "ratio_to_grouped_mm", "share_of_fused_top_k_time", "share_of_copy_bandwidth"
