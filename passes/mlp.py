@@ -2,7 +2,8 @@
 
 An expression is a nested tuple: an op's name, its operands and its other arguments.  Some names are ours: ``input`` (the
 experts' input), ``times`` (the row times its own expert's matrix of a stack; transposed or not), ``biased`` and
-``weighted``; ``half`` is a part of a row, in a layout.  ``fuse_experts`` writes expressions, this file reads them.
+``weighted``; ``half`` is a part of a row, in a layout; ``apart`` is gate and up by two projections.  ``fuse_experts`` writes
+expressions, this file reads them.
 """
 
 from __future__ import annotations
@@ -58,8 +59,7 @@ class Experts:
     @property
     def alike(self) -> bool:
         """Whether matrices that experts keep for themselves have one shape."""
-        given = (self.w_gate_up, self.w_up, self.w_down, self.b_gate_up, self.b_up, self.b_down)
-        return all(g.same_shape(n, stack[0]) for stack in given if isinstance(stack, tuple) for n in stack)
+        return all(g.same_shape(n, stack[0]) for stack in self._given for n in stack)
 
     @property
     def op(self) -> Any:
@@ -69,8 +69,13 @@ class Experts:
     @property
     def stacks(self) -> list[Node]:
         """The parameters that the op reads."""
-        given = (self.w_gate_up, self.w_up, self.w_down, self.b_gate_up, self.b_up, self.b_down)
-        return [n for stack in given if stack is not None for n in (stack if isinstance(stack, tuple) else [stack])]
+        return [n for stack in self._given for n in stack]
+
+    @property
+    def _given(self) -> list[list[Node]]:
+        """All weights and biases that there are, each as a list."""
+        parts = (self.w_gate_up, self.w_up, self.w_down, self.b_gate_up, self.b_up, self.b_down)
+        return [_listed(part) for part in parts if part is not None]
 
     def parts(self, graph: fx.Graph) -> list[Any]:
         """The op's arguments that are weights, then those that are biases; nodes that turn weights go into ``graph``."""
