@@ -18,18 +18,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from torch.fx.node import Node
 
 from moe_fx.passes import graph as g
 from moe_fx.passes.find_sites import Routing
 from moe_fx.passes.graph import argument, is_float, op
+from moe_fx.passes.loops import (
+    add_rows,
+    added,
+    any_pick,
+    as_partial,
+    coordinate,
+    find,
+    is_expert,
+    look_up,
+    only_coordinate,
+    reach,
+    write_rows,
+)
 from moe_fx.passes.meanings import (
     NUMBERS,
+    At,
     Counts,
     Empty,
     Enumeration,
+    Found,
     Gates,
     Grid,
     Halves,
@@ -37,6 +52,7 @@ from moe_fx.passes.meanings import (
     Hot,
     Ids,
     Lone,
+    Mask,
     Never,
     Numbers,
     One,
@@ -48,6 +64,7 @@ from moe_fx.passes.meanings import (
     Picked,
     PickWeights,
     Places,
+    Reached,
     Rows,
     Sorted,
     StackedBias,
@@ -72,7 +89,7 @@ def recognise(routing: Routing, region: Region) -> Experts | str:
 
 def _recognise(interpreter: _Interpreter, routing: Routing, region: Region) -> Experts | str:
     for node in region.nodes:
-        if interpreter.meaning(node) is None:
+        if interpreter.meaning(node) is None and not g.is_size(node):
             return _why_unknown(interpreter, node)
     result = interpreter.meaning(region.output)
     if not isinstance(result, Output):
@@ -149,8 +166,9 @@ def _unusable_surroundings(interpreter: _Interpreter, routing: Routing, region: 
 def _why_unknown(interpreter: _Interpreter, node: Node) -> str:
     while (inner := next((i for i in node.all_input_nodes if interpreter.lacks_meaning(i)), None)) is not None:
         node = inner
-    meanings = [type(interpreter.meaning(i)) for i in node.all_input_nodes]
-    if op(node) == "mul" and Picked in meanings and Hidden in meanings and not interpreter.own:
+    meanings = [interpreter.meaning(i) for i in node.all_input_nodes]
+    gated = op(node) == "mul" and {Picked, Hidden} <= {*map(type, meanings)}
+    if (gated or any(isinstance(m, Lone) and m.at is not None for m in meanings)) and not interpreter.own:
         return _MODULES
     return f"its experts' {op(node) or node.name} (node {node.name}) is not one that is known to be part of an MLP"
 
@@ -190,6 +208,10 @@ class _Interpreter:
                 found = Hidden(node)
             self._known[node] = found
         return self._known[node]
+
+    def added(self, first: Partial | Zero, second: Partial) -> Any:
+        """The sum of some experts' terms and of others'."""
+        return added(first, second, self.num_experts)
 
     def lacks_meaning(self, node: Node) -> bool:
         """Whether an op of the experts' own, outside the region, was met and not understood."""
@@ -244,9 +266,14 @@ def _same(interpreter: _Interpreter, node: Node) -> Any:
     keeps_rows = op(node) in g.CASTS | _ROW_KEEPING or g.size(node, -1) == g.size(node.args[0], -1)
     if isinstance(meaning, (Rows, OwnMatrix, Output)) and not keeps_rows:
         return None
-    if isinstance(meaning, (Hot, Picked, Lone, Partial)) and not g.same_shape(node, node.args[0]):
+    if isinstance(meaning, Lone) and meaning.at is not None and not keeps_rows:
         return None
-    return None if isinstance(meaning, (Sorted, Halves, Unstacked, Empty, Enumeration)) else meaning
+    as_it_was = isinstance(meaning, (Hot, Mask, Picked, Partial)) or (isinstance(meaning, Lone) and meaning.at is None)
+    if as_it_was and not g.same_shape(node, node.args[0]):
+        return None
+    if isinstance(meaning, Found):
+        return only_coordinate(meaning, node)
+    return None if isinstance(meaning, (Sorted, Halves, Unstacked, Empty, Enumeration, At, Reached)) else meaning
 
 
 _ROW_KEEPING = frozenset("unsqueeze squeeze contiguous clone alias detach".split())
@@ -274,7 +301,11 @@ def _getitem(interpreter: _Interpreter, node: Node) -> Any:
         return Ids(meaning.order) if index == 0 else Places(meaning.order)
     if isinstance(meaning, Halves) and index in (0, 1):
         return replace(meaning.rows, expression=("half", meaning.rows.expression, index, "concatenated"))
-    return One(meaning.stack, index) if isinstance(meaning, Unstacked) and isinstance(index, int) and index >= 0 else None
+    if isinstance(meaning, Found):
+        return coordinate(meaning, index)
+    if not isinstance(meaning, Unstacked) or not isinstance(index, int) or index < 0:
+        return None
+    return _slice_of(interpreter, meaning.stack, index)
 
 
 def _floor_divide(interpreter: _Interpreter, node: Node) -> Any:
@@ -283,6 +314,8 @@ def _floor_divide(interpreter: _Interpreter, node: Node) -> Any:
     floors = op(node) == "floor_divide" or node.kwargs.get("rounding_mode") == "floor"
     if floors and node.args[1] == interpreter.top_k and isinstance(meaning, Places) and not meaning.inverse:
         return Tokens(meaning.order)
+    if floors and node.args[1] == interpreter.top_k and isinstance(meaning, At) and meaning.axis == "N":
+        return At(meaning.mask, "T")
     return _elementwise(interpreter, node)
 
 
@@ -291,7 +324,11 @@ def _index(interpreter: _Interpreter, node: Node) -> Any:
     source, indices = node.args[0], node.args[1]
     if op(node) == "index_select":
         indices = [node.args[2]] if node.args[1] == 0 else []
-    if not isinstance(indices, (list, tuple)) or len(indices) != 1:
+    if not isinstance(indices, (list, tuple)) or not isinstance(source, Node) or not indices:
+        return None
+    if any(isinstance(interpreter.meaning(i), (At, Mask)) for i in indices):
+        return look_up(interpreter, source, [*indices])
+    if len(indices) != 1:
         return None
     rows, by = interpreter.meaning(source), interpreter.meaning(indices[0])
     stacked = isinstance(source, Node) and is_float(source) and g.size(source, 0) == interpreter.num_experts
@@ -395,6 +432,16 @@ def _ends_in_columns(meaning: object) -> bool:
     return isinstance(meaning, (Rows, Lone)) or (isinstance(meaning, Grid) and meaning.axes.endswith("C"))
 
 
+def _index_put(interpreter: _Interpreter, node: Node) -> Any:
+    """x[indices] = values, or += values."""
+    into, indices, values = cast("tuple[Node, list[Node], Node]", node.args[:3])
+    if not isinstance(interpreter.meaning(values), (Lone, Reached)) or None in indices:
+        return _inverse(interpreter, node)
+    if not argument(node, "accumulate", 3, False):
+        return write_rows(interpreter, into, indices, values)
+    return add_rows(interpreter, into, indices[0], values) if len(indices) == 1 else None
+
+
 def _inverse(interpreter: _Interpreter, node: Node) -> Any:
     """empty[places] = 0, 1, 2, ...: the inverse of the places."""
     into, at, values = node.args[:3]
@@ -426,6 +473,8 @@ def _index_add(interpreter: _Interpreter, node: Node) -> Any:
     """zeros[token] += row: each token's sum over its picks."""
     into, dim, at, source = node.args[:4]
     by, rows = interpreter.meaning(at), interpreter.meaning(source)
+    if isinstance(rows, Lone):
+        return add_rows(interpreter, into, at, source) if dim == 0 and argument(node, "alpha", 4, 1) == 1 else None
     starts_at_zero = op(into) in ("zeros", "zeros_like", "new_zeros") and argument(node, "alpha", 4, 1) == 1
     fits = isinstance(by, Tokens) and isinstance(rows, Rows) and by.order == rows.order and dim == 0
     return Output(rows.expression) if fits and starts_at_zero else None
@@ -510,9 +559,11 @@ def _joined(interpreter: _Interpreter, node: Node, name: str, first: Any, second
         weights, hot = (next(n for n in nodes if isinstance(interpreter.meaning(n), kind)) for kind in (PickWeights, Hot))
         per_pick = g.rank(weights) == 3 and g.size(weights, -1) == 1 and g.size(weights, 1) == interpreter.top_k
         return Hot(weighted=True) if interpreter.meaning(hot) == Hot() and per_pick and g.same_shape(hot, node) else None
-    if name == "mul" and {type(first), type(second)} == {PickWeights, Picked} and _unbroadcast(node):
-        picked = first if isinstance(first, Picked) else second
-        return Picked(picked.expert, "weights") if picked.form == "mask" else None
+    if name == "mul" and {type(first), type(second)} == {PickWeights, Mask} and _unbroadcast(node):
+        mask = first if isinstance(first, Mask) else second
+        return Picked(mask.expert, "weights") if mask.axes == "TK" else None
+    if name == "add" and Reached in (type(first), type(second)):
+        return reach(first, second) if _unbroadcast(node) else None
     if name == "add" and isinstance(first, Numbers):
         return _biased(interpreter, node, first, second)
     return _added(interpreter, node, first, second) if name == "add" else None
@@ -527,37 +578,10 @@ def _weighted(node: Node, numbers: Numbers, weights: Any) -> Any:
         return result if ranks == {g.rank(node)} and columns == {1, g.size(node, -1)} else None
     if isinstance(numbers, Grid) and isinstance(weights, Gates):
         return result if _aligned(numbers.axes, weights.axes, {"T": "T", "E": "E", "F": "F", "C": "1", "1": "1"}) else None
-    if isinstance(numbers, Lone) and isinstance(weights, Picked) and weights.form == "column":
-        own: list[Node] = []
-        numbered = _numbered(result.expression, own) if numbers.expert is None else result.expression
+    if isinstance(numbers, Lone) and isinstance(weights, Picked) and weights.form == "column" and numbers.at == weights.at:
         fits = numbers.expert in (None, weights.expert)
-        return Partial(frozenset({weights.expert}), numbered, ((weights.expert, tuple(own)),)) if fits else None
+        return (result if numbers.at is not None else as_partial(result, weights.expert)) if fits else None
     return None
-
-
-def _numbered(expression: tuple, own: list[Node]) -> tuple:
-    """The expression with numbers in the place of an expert's own parameters, which are collected in ``own``."""
-    if expression[0] == "input":
-        return expression
-    return tuple(_number(part, own) if isinstance(part, Node) else _numbered(part, own) if _is_expression(part) else part
-                 for part in expression)  # fmt: skip
-
-
-def _number(parameter: Node, own: list[Node]) -> tuple[str, int]:
-    if parameter not in own:
-        own.append(parameter)
-    return "own", own.index(parameter)
-
-
-def _of_all_experts(expression: tuple, own: dict[int, tuple[Node, ...]]) -> tuple:
-    """The expression with every expert's parameters, in order, in the place of the numbers."""
-    if expression[0] == "own":
-        return tuple(own[expert][expression[1]] for expert in sorted(own))
-    return tuple(_of_all_experts(part, own) if _is_expression(part) else part for part in expression)
-
-
-def _is_expression(part: object) -> bool:
-    return isinstance(part, tuple) and len(part) > 0 and isinstance(part[0], str)
 
 
 def _biased(interpreter: _Interpreter, node: Node, numbers: Numbers, bias: Any) -> Any:
@@ -590,14 +614,9 @@ def _added(interpreter: _Interpreter, node: Node, first: Any, second: Any) -> An
     if len(terms) == 1 and isinstance(terms[0], (Partial, Output)):
         kept = next(n for n in node.all_input_nodes if interpreter.meaning(n) is terms[0])
         return terms[0] if g.same_shape(kept, node) else None
-    if not isinstance(first, Partial) or not isinstance(second, Partial) or not _unbroadcast(node):
+    if not isinstance(first, Partial) or not isinstance(second, Partial) or not _unbroadcast(node) or first.per_pick:
         return None
-    if first.experts & second.experts or first.expression != second.expression:
-        return None
-    sums = Partial(first.experts | second.experts, first.expression, first.own + second.own)
-    if len(sums.experts) < interpreter.num_experts:
-        return sums
-    return Output(_of_all_experts(sums.expression, dict(sums.own)))
+    return interpreter.added(first, second)
 
 
 # ---------------------------------------------------------------------------------------- every expert on every token
@@ -635,7 +654,7 @@ def _unsqueeze(interpreter: _Interpreter, node: Node) -> Any:
         return Grid("1TC" if at == 0 else "T1C", ("input", meaning.node))
     if isinstance(meaning, (Grid, Gates)):
         return replace(meaning, axes=meaning.axes[:at] + "1" + meaning.axes[at:])
-    if isinstance(meaning, Picked) and meaning.form == "row" and at == 1:
+    if isinstance(meaning, Picked) and meaning.form == "row" and (at, g.rank(node)) == (1, 2):
         return replace(meaning, form="column")
     return _same(interpreter, node)
 
@@ -669,7 +688,7 @@ def _permute(interpreter: _Interpreter, node: Node) -> Any:
     meaning, order = interpreter.meaning(node.args[0]), g.axes_before(node)
     if isinstance(meaning, (One, Own)):
         return replace(meaning, turned=not meaning.turned) if order == [1, 0] else None
-    if isinstance(meaning, (Grid, Gates)):
+    if isinstance(meaning, (Grid, Gates, Hot)):
         return replace(meaning, axes="".join(meaning.axes[d] for d in order))
     return None
 
@@ -716,13 +735,29 @@ def _select(interpreter: _Interpreter, node: Node) -> Any:
         return None
     if interpreter.meaning(source) == Gates("TE"):
         return Picked(index, "row") if dim in (1, -1) else None
-    stack = interpreter.stack(source, 3) or interpreter.stack(source, 2)
-    return One(stack, index) if stack is not None and dim == 0 else None
+    return _slice_of(interpreter, cast(Node, source), index) if dim == _axis_of_slices(interpreter, source) else None
 
 
 def _unbind(interpreter: _Interpreter, node: Node) -> Any:
-    stack = interpreter.stack(node.args[0], 3) or interpreter.stack(node.args[0], 2)
-    return Unstacked(stack) if stack is not None and argument(node, "dim", 1, 0) == 0 else None
+    source, dim = node.args[0], argument(node, "dim", 1, 0)
+    return Unstacked(source) if dim == _axis_of_slices(interpreter, source) else None
+
+
+def _axis_of_slices(interpreter: _Interpreter, source: object) -> int | None:
+    """The axis along which a stack, or the masks of all experts' picks, or places found, are taken apart."""
+    meaning = interpreter.meaning(source)
+    if isinstance(meaning, Hot):
+        return meaning.axes.index("E") if not meaning.weighted else None
+    if isinstance(meaning, Found):
+        return 1 if op(source) == "nonzero" else None
+    return 0 if interpreter.stack(source, 3) or interpreter.stack(source, 2) else None
+
+
+def _slice_of(interpreter: _Interpreter, source: Node, index: int) -> Any:
+    meaning = interpreter.meaning(source)
+    if isinstance(meaning, Hot):
+        return Mask(index, meaning.axes.replace("E", "")) if index < interpreter.num_experts else None
+    return coordinate(meaning, index) if isinstance(meaning, Found) else One(source, index)
 
 
 def _linear(interpreter: _Interpreter, node: Node) -> Any:
@@ -736,10 +771,12 @@ def _linear(interpreter: _Interpreter, node: Node) -> Any:
 def _times_one(x: Any, weight: One | Own, transposed: bool) -> Lone | None:
     """A row for each token, times one expert's matrix."""
     expert, stack, rank = (weight.expert, weight.stack, 3) if isinstance(weight, One) else (None, weight.node, 2)
-    if g.rank(stack) != rank or (isinstance(x, Lone) and x.expert != expert):
+    if isinstance(x, Hidden):
+        x = Lone(expert, ("input", x.node))
+    if g.rank(stack) != rank or not isinstance(x, Lone):
         return None
-    expression = x.expression if isinstance(x, Lone) else ("input", x.node) if isinstance(x, Hidden) else None
-    return Lone(expert, ("times", expression, stack, transposed)) if expression is not None else None
+    begins = x.expression[0] == "input" and (x.at is None or expert in (None, x.at.expert))
+    return Lone(expert, ("times", x.expression, stack, transposed), x.at) if begins or x.expert == expert else None
 
 
 def _stacked(interpreter: _Interpreter, node: Node) -> Any:
@@ -759,23 +796,15 @@ def _one_hot(interpreter: _Interpreter, node: Node) -> Any:
     return Hot() if per_token and classes == interpreter.num_experts else None
 
 
-def _is_expert(interpreter: _Interpreter, node: Node) -> Any:
-    """ids == e."""
-    ids, expert = node.args
-    per_token = interpreter.meaning(ids) == Ids("flat") and g.rank(ids) == 2
-    known = isinstance(expert, int) and 0 <= expert < interpreter.num_experts
-    return Picked(expert, "mask") if per_token and known else None
-
-
 def _where(interpreter: _Interpreter, node: Node) -> Any:
     """The weights of one expert's picks, 0 for all others."""
     if len(node.args) != 3:
-        return None  # where(mask) gives places
-    mask, weights, other = node.args
-    picked = interpreter.meaning(mask)
+        return find(interpreter, node)
+    condition, weights, other = node.args
+    mask = interpreter.meaning(condition)
     zero = isinstance(other, (int, float)) and other == 0
-    fits = isinstance(picked, Picked) and picked.form == "mask" and interpreter.meaning(weights) == PickWeights("flat")
-    return replace(picked, form="weights") if fits and zero and _unbroadcast(node) else None
+    fits = isinstance(mask, Mask) and mask.axes == "TK" and interpreter.meaning(weights) == PickWeights("flat")
+    return Picked(mask.expert, "weights") if fits and zero and _unbroadcast(node) else None
 
 
 # ------------------------------------------------------------------------------------------------------------ einsum
@@ -908,7 +937,9 @@ _RULES: dict[str, Callable[[_Interpreter, Node], Any]] = {
     "unbind": _unbind,
     "stack": _stacked,
     "one_hot": _one_hot,
-    "eq": _is_expert,
+    "eq": is_expert,
+    "any": any_pick,
+    **dict.fromkeys(("nonzero", "nonzero_numpy"), find),
     "where": _where,
     "fused_experts": _called,
     "sort": _sort,
@@ -929,7 +960,7 @@ _RULES: dict[str, Callable[[_Interpreter, Node], Any]] = {
     "chunk": _chunk,
     "split": _chunk,
     "slice": _slice,
-    "index_put": _inverse,
+    "index_put": _index_put,
     "empty_like": lambda interpreter, node: Empty() if isinstance(interpreter.meaning(node.args[0]), Places) else None,
     "arange": lambda interpreter, node: Enumeration() if len(node.args) == 1 else None,
     "sum": _sum,

@@ -114,6 +114,14 @@ def same_shape(a: object, b: object) -> bool:
     return left is not None and right is not None and [*map(expression, left)] == [*map(expression, right)]
 
 
+def is_size(node: Node) -> bool:
+    """Whether a node gives no tensor, but a size, or asserts something of sizes."""
+    return op(node) in _ASSERTS or isinstance(value(node), (int, torch.SymInt, torch.SymBool))
+
+
+_ASSERTS = frozenset("_assert_scalar sym_constrain_range sym_constrain_range_for_size".split())
+
+
 def dtype(node: object) -> torch.dtype | None:
     """The node's dtype, or None when it is no tensor."""
     val = value(node)

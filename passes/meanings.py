@@ -89,9 +89,33 @@ class Gates:
 
 @dataclass(frozen=True)
 class Hot:
-    """For each pick [T, K] a row over all experts, zero but for its own, which is 1, or the pick's weight."""
+    """For each pick a row over all experts, zero but for its own, which is 1, or the pick's weight; ``axes``: T, K and E."""
 
     weighted: bool = False
+    axes: str = "TKE"
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which picks are one expert's; ``axes``: TK, KT or N, picks in one row.  Or, by T, which tokens have picked it."""
+
+    expert: int
+    axes: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a mask is true, in its order: an index for each of its axes."""
+
+    mask: Mask
+
+
+@dataclass(frozen=True)
+class At:
+    """Where a mask is true: the tokens (T), the places of picks among their tokens' (K), or those among all picks (N)."""
+
+    mask: Mask
+    axis: str
 
 
 @dataclass(frozen=True)
@@ -128,30 +152,49 @@ class Unstacked:
 
 @dataclass(frozen=True)
 class Lone:
-    """A row for each token, made by one expert: by its slices of stacks, or, if that is None, by parameters of its own."""
+    """A row for each token, made by one expert: by its slices of stacks, or, if that is None, by parameters of its own.
+
+    Or, with ``at``, a row for each place where that mask is true.
+    """
 
     expert: int | None
     expression: tuple
+    at: Mask | None = None
 
 
 @dataclass(frozen=True)
 class Picked:
-    """Which picks are one expert's (``mask`` [T, K]), their weights, or a token's weight for it (``column`` [T, 1])."""
+    """One expert's weights: of all picks [T, K], zero but for its own (``weights``), or each token's for it.
+
+    These are a ``row`` [T] or a ``column`` [T, 1]; or, with ``at``, there is one for each place where that mask is true.
+    """
 
     expert: int
     form: str
+    at: Mask | None = None
 
 
 @dataclass(frozen=True)
 class Partial:
     """Each token's sum over some experts, each weighted by the token's weight for it.
 
-    Parameters of their own are numbered in the expression, and ``own`` holds them, by expert.
+    Parameters of their own are numbered in the expression, and ``own`` holds them, by expert.  With ``per_pick`` nothing is
+    summed or weighted yet: there is a row for each pick, written where it is one of those experts'.
     """
 
     experts: frozenset[int]
     expression: tuple
     own: tuple[tuple[int, tuple[Node, ...]], ...] = ()
+    per_pick: bool = False
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What stands in a sum so far at the tokens of a mask, and what is added to it there."""
+
+    sum: Partial | Zero
+    at: Mask
+    added: Lone | None = None
 
 
 @dataclass(frozen=True)

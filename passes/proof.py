@@ -37,11 +37,11 @@ def prove_experts(selection: Selection, router: Router, weights: Weights) -> Pro
     """
     proof = Proof()
     proof.leaves_graph = _leaves_graph(selection.ids)
-    compared = _compared(selection.ids)
-    every = set(compared) >= set(range(router.num_experts))
-    if every and _weighs_own_layers(compared[0], compared[router.num_experts - 1], router, weights):
-        proof.at = compared[0]
-        proof.paths = [p for p in [module_path(compared[0])] if p is not None]
+    masks = _masks_by_expert(selection.ids, router.num_experts)
+    every = set(masks) >= set(range(router.num_experts))
+    if every and _weighs_own_layers(masks[0], masks[router.num_experts - 1], selection.ids, router, weights):
+        proof.at = masks[0][0]
+        proof.paths = [p for p in [module_path(proof.at)] if p is not None]
         return proof
     scope = g.parent(module_path(selection.node) or "", 1)
     trail = _Trail(selection.ids, router, weights)
@@ -71,40 +71,79 @@ def prove_experts(selection: Selection, router: Router, weights: Weights) -> Pro
     return proof
 
 
-def _compared(ids: Node) -> dict[int, Node]:
-    """What the ids are compared with, one expert after the other: ``ids == 3``."""
-    found: dict[int, Node] = {}
+def _masks_by_expert(ids: Node, num_experts: int) -> dict[int, list[Node]]:
+    """Masks of one expert's picks, by its number: ``ids == 3``, ``one_hot(ids, E)[..., 3]``."""
+    found: dict[int, list[Node]] = {}
     for user in ids.users:
+        masks: dict[int, list[Node]] = {}
         if op(user) == "eq" and user.args[0] is ids and isinstance(user.args[1], int):
-            found[user.args[1]] = user
+            masks = {user.args[1]: [user]}
+        elif op(user) == "one_hot" and argument(user, "num_classes", 1) in (num_experts, num_experts + 1):
+            masks = _slices(user, rank(user) - 1)
         elif op(user) in g.ID_WISE and is_integer(user):
-            found |= _compared(user)
+            masks = _masks_by_expert(user, num_experts)
+        for expert, nodes in masks.items():
+            found.setdefault(expert, []).extend(nodes)
     return found
 
 
-def _weighs_own_layers(first: Node, last: Node, router: Router, weights: Weights) -> bool:
+def _slices(hot: Node, axis: int) -> dict[int, list[Node]]:
+    """The slices of a mask that are taken, by their number along an axis, whichever way it is laid out before."""
+    found: dict[int, list[Node]] = {}
+    for user in hot.users:
+        taken: dict[int, list[Node]] = {}
+        along = argument(user, "dim", 1, 0) in (axis, axis - rank(hot))
+        if op(user) == "select" and along:
+            taken = {cast(int, argument(user, "index", 2)): [user]}
+        elif op(user) == "unbind" and along:
+            taken = {cast(int, part.args[1]): [part] for part in user.users}
+        elif op(user) in g.TRANSPOSES:
+            taken = _slices(user, g.axes_before(user).index(axis))
+        elif op(user) in g.CASTS:
+            taken = _slices(user, axis)
+        for number, nodes in taken.items():
+            found.setdefault(number, []).extend(nodes)
+    return found
+
+
+def _weighs_own_layers(first: list[Node], last: list[Node], ids: Node, router: Router, weights: Weights) -> bool:
     """Whether masks of two experts' picks gate activations, or choose them, that go through weights of each one's own.
 
     What is averaged class by class goes through none, or through the same.
     """
-    one, other = (_gated_through(mask, router, weights) for mask in (first, last))
+    one, other = (set().union(*(_gated_through(m, ids, router, weights) for m in masks)) for masks in (first, last))
     stacked = any(isinstance(w, Node) and is_expert_stack(w, router, weights) for w in one & other)
     return stacked or bool(one - other and other - one)
 
 
-def _gated_through(mask: Node, router: Router, weights: Weights) -> set[object]:
-    """The weights that were read on the way to, or are on the way from, activations that a mask gates a few ops on."""
+def _gated_through(mask: Node, ids: Node, router: Router, weights: Weights) -> set[object]:
+    """The weights that were read on the way to, or are on the way from, activations that a mask gates a few ops on.
+
+    What other experts made of their picks meanwhile, such as the sum so far, is passed over.
+    """
     found: set[object] = set()
     frontier = [mask]
     for _ in range(6):
         frontier = [u for n in frontier for u in n.users if u.op == "call_function"]
         for user in frontier:
-            others = [i for i in user.all_input_nodes if is_float(i) and carries_activations(i, router, weights)]
+            floats = [i for i in user.all_input_nodes if is_float(i) and carries_activations(i, router, weights)]
+            others = [i for i in floats if not _comes_from(i, ids)]
             if others and (op(user) in ("mul", "where") or (op(user) in _LOOK_UPS and user.all_input_nodes[0] in others)):
                 found |= _read_before(others, router, weights) | _read_behind(user, weights)
         if found:
             return found  # further on are the sums of all experts
     return found
+
+
+def _comes_from(node: Node, source: Node) -> bool:
+    """Whether a value was made from another, not many ops before."""
+    frontier, seen = [node], {node}
+    while frontier and len(seen) < REACH:
+        if source in seen:
+            return True
+        frontier = [i for n in frontier for i in n.all_input_nodes if i not in seen and not i < source]
+        seen |= set(frontier)
+    return source in seen
 
 
 def _read_before(nodes: list[Node], router: Router, weights: Weights) -> set[object]:

@@ -85,7 +85,7 @@ def reroute(
             decision = _keep_own(graph, decision)
         elif decision.may_be_off and experts is None:
             decision = _fold(graph, decision)
-        if routing.distinct and decision.ids is not before.ids:
+        if routing.distinct and experts is None and decision.ids is not before.ids:
             decision = _keep_distinct(graph, decision, routing)
         if stats:
             binder.count(routing, before.ids, decision.ids, unfolded)
