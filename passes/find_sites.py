@@ -25,7 +25,7 @@ from moe_fx.passes.cut import Cut, find_cut, weighs_input
 from moe_fx.passes.graph import Weights, is_float, is_integer, module_path, op, rank, size
 from moe_fx.passes.proof import REACH, becomes_one_hot, prove_experts
 from moe_fx.passes.router import SCORE_WISE, Router, find_router, scoring
-from moe_fx.passes.selection import SELECTION_RULES, Selection, selections, takes_lowest, thresholds, unreadable
+from moe_fx.passes.selection import SELECTION_RULES, Selection, selections, thresholds, unreadable
 from moe_fx.passes.twice import writes_over_second_pick
 from moe_fx.site import Site, Skip, normal_name
 
@@ -171,7 +171,7 @@ def _examine(
     name = _name(selection)
     proof = prove_experts(selection, router, weights)
     cut, reason = find_cut(selection, router, weights)
-    if takes_lowest(selection):
+    if selection.lowest:
         cut, reason = None, "it takes the lowest scores"
     if cut is None:
         return Skip(name, reason, routing=proof.at is not None)

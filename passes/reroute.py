@@ -438,10 +438,18 @@ def _between(users: list[Node], last: Node) -> list[Node]:
 def sort_selection(routing: Routing) -> None:
     """SERE's primary picks are the best: have the selection put them first.  The set of picks stays the same."""
     selection = routing.selection
-    if not selection.sorted:
+    if selection.sorted:
+        return
+    if g.op(selection.node) == "topk":
         largest = g.argument(selection.node, "largest", 3, True)
         selection.node.args = (selection.node.args[0], selection.k, -1, largest, True)
         selection.node.kwargs = {}
+        return
+    for last in (selection.ids, selection.values):  # the last of an order that ascends are the first of the same turned round
+        if last is not None:
+            with last.graph.inserting_before(last):
+                turned = g.call(last.graph, aten.flip.default, last.args[0], [-1])
+            last.args, last.kwargs = (turned, -1, 0, selection.k), {}
 
 
 def _read(graph: fx.Graph, routing: Routing, carriers: list[Node]) -> Decision:

@@ -26,6 +26,7 @@ class Selection:
     values: Node | None
     sorted: bool  # whether pick 0 is the best; SERE's primary picks are the first
     squeezed: bool = False  # whether ids and values lack the last axis, which would have one entry
+    lowest: bool = False  # whether the k lowest scores are chosen
 
     @property
     def tokens(self) -> list[object]:
@@ -100,28 +101,77 @@ def _topk(node: Node) -> Selection | None:
     if len(ids) != 1 or not ids[0].users or len(values) > 1 or k < 1:
         return None
     ordered = argument(node, "sorted", 4, True) is True
-    first = _first_sorted(node, ids, values) if ordered else None  # topk(scores, 8)[..., :k] = topk(scores, k)
-    return first or Selection(node, scores, k, ids[0], values[0] if values else None, ordered)  # type: ignore[arg-type]
+    first = _part_of_order(node, ids, values) if ordered else None  # topk(scores, 8)[..., :k] = topk(scores, k)
+    lowest = argument(node, "largest", 3, True) is False and op(scores) != "neg"
+    return first or Selection(node, scores, k, ids[0], values[0] if values else None, ordered, lowest=lowest)  # type: ignore[arg-type]
 
 
 def _sort(node: Node) -> Selection | None:
-    """sort(scores)[:, :k] = topk(scores, k), when nothing but the first k is read."""
-    return _first_sorted(node, outputs(node, 1), outputs(node, 0))
+    """sort(scores)[:, :k] = topk(scores, k), when nothing but the first k, or the last k, is read."""
+    return _part_of_order(node, outputs(node, 1), outputs(node, 0))
 
 
 def _argsort(node: Node) -> Selection | None:
-    """argsort(scores)[:, :k] = topk(scores, k).indices, when nothing but the first k is read."""
-    return _first_sorted(node, [node], [])
+    """argsort(scores)[:, :k] = topk(scores, k).indices, when nothing but the first k, or the last k, is read."""
+    return _part_of_order(node, [node], [])
 
 
-def _first_sorted(node: Node, ordered_ids: list[Node], ordered_values: list[Node]) -> Selection | None:
-    scores, dim = node.args[0], _sorted_axis(node)
-    ids, values = _only_slice(ordered_ids), _only_slice(ordered_values)
-    if not _over_last_axis(scores, dim) or ids is None or ids[1] is None:
+def _part_of_order(node: Node, ordered_ids: list[Node], ordered_values: list[Node]) -> Selection | None:
+    """The k that are taken of a whole order, at either end of it, whichever way it runs."""
+    scores = node.args[0]
+    ids, values = _only_part(node, ordered_ids), _only_part(node, ordered_values)
+    if not _over_last_axis(scores, _sorted_axis(node)) or ids is None:
         return None
-    if any(v.users for v in ordered_values) and (values is None or values[1] != ids[1]):
+    if any(v.users for v in ordered_values) and (values is None or values.how != ids.how):
         return None
-    return Selection(node, scores, ids[1], ids[0], values[0] if values else None, True)  # type: ignore[arg-type]
+    if op(node) == "topk" and not ids.first:
+        return None  # all but the best
+    # of negated scores the lowest are the best
+    best_first = ids.descends != (op(scores) == "neg" and not ids.highest)
+    lowest = not ids.highest and op(scores) != "neg"
+    return Selection(node, scores, ids.k, ids.node, values.node if values else None, best_first, lowest=lowest)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """``[..., :k]`` (first) or ``[..., -k:]`` of an order: ``descends`` tells which way its entries run in the end."""
+
+    node: Node
+    k: int
+    first: bool
+    highest: bool
+    descends: bool
+
+    @property
+    def how(self) -> tuple[object, ...]:
+        return self.k, self.first, self.highest, self.descends
+
+
+def _only_part(order: Node, taken: list[Node]) -> _Part | None:
+    """The one part that is all that is read of a sort's output; None if there is none, or more is read."""
+    descends, users = _descends(order), [u for t in taken for u in t.users]
+    while len(users) == 1 and (_turns(users[0]) or _is_whole(users[0])):
+        descends = descends != _turns(users[0])  # x[:, :k] is written as x[:][..., :k]
+        users = list(users[0].users)
+    first, last = (len(users) == 1 and is_part(users[0]) for is_part in (_is_first_k, _is_last_k))
+    if not first and not last:
+        return None
+    part, highest, k = users[0], descends == first, size(users[0], -1)
+    turned = next(iter(part.users), part)
+    if len(part.users) == 1 and _turns(turned) and not descends:
+        part, descends = turned, True
+    return _Part(part, cast(int, k), first, highest, descends)
+
+
+def _descends(order: Node) -> bool:
+    if op(order) == "topk":
+        return argument(order, "largest", 3, True) is True
+    return argument(order, "descending", 2 if "stable" not in order.kwargs else len(order.args) + 1, False) is True
+
+
+def _turns(node: Node) -> bool:
+    """Whether the op is flip(x, -1)."""
+    return op(node) == "flip" and argument(node, "dims", 1) in ([-1], [rank(node) - 1])
 
 
 def _sorted_axis(node: Node) -> object:
@@ -129,33 +179,25 @@ def _sorted_axis(node: Node) -> object:
     return argument(node, "dim", 2 if op(node) == "topk" else 1 if "stable" not in node.kwargs else len(node.args), -1)
 
 
-def _only_slice(taken: list[Node]) -> tuple[Node, int | None] | None:
-    """The one slice ``[..., :k]`` that is all that is read of a sort's output, with its k; None if it is unused."""
-    users = [u for t in taken for u in t.users]
-    while len(users) == 1 and op(users[0]) == "slice" and _whole(users[0]) and not _is_first_k(users[0]):
-        users = list(users[0].users)  # x[:, :k] is written as x[:][..., :k]
-    if not users:
-        return None
-    first = users[0]
-    fits = len(users) == 1 and _is_first_k(first)
-    return first, (size(first, -1) if fits else None)
-
-
 def _is_first_k(node: Node) -> bool:
     """Whether the op is ``x[..., :k]``, k spelled out."""
     end = argument(node, "end", 3)
-    return (
-        op(node) == "slice"
-        and argument(node, "dim", 1, 0) in (-1, rank(node) - 1)
-        and argument(node, "start", 2, 0) in (0, None)
-        and argument(node, "step", 4, 1) == 1
-        and isinstance(end, int)
-        and 0 < end == size(node, -1)
-    )
+    return _slices(node) and argument(node, "start", 2, 0) in (0, None) and isinstance(end, int) and 0 < end == size(node, -1)
 
 
-def _whole(node: Node) -> bool:
-    return same_shape(node, node.args[0])
+def _is_last_k(node: Node) -> bool:
+    """Whether the op is ``x[..., -k:]``."""
+    start, width, k = argument(node, "start", 2, 0), size(node.args[0], -1), size(node, -1)
+    return _slices(node) and isinstance(start, int) and None not in (width, k) and 0 < start % cast(int, width) == width - k
+
+
+def _slices(node: Node) -> bool:
+    along_last = argument(node, "dim", 1, 0) in (-1, rank(node) - 1)
+    return op(node) == "slice" and along_last and argument(node, "step", 4, 1) == 1
+
+
+def _is_whole(node: Node) -> bool:
+    return op(node) == "slice" and same_shape(node, node.args[0])
 
 
 def _max(node: Node) -> Selection | None:
@@ -223,18 +265,6 @@ def _looked_up(ids: Node) -> list[Node]:
     """The scores gathered by ids [..., 1], and the value that was chosen with them."""
     chosen = ids.args[0] if op(ids) == "getitem" else None
     return [u for u in ids.users if op(u) == "gather"] + (outputs(chosen, 0) if isinstance(chosen, Node) else [])
-
-
-def takes_lowest(selection: Selection) -> bool:
-    """Whether the k smallest are chosen, and that not of negated scores."""
-    node, name = selection.node, op(selection.node)
-    if name == "topk":
-        highest = argument(node, "largest", 3, True) is True
-    elif name in ("sort", "argsort"):
-        highest = argument(node, "descending", 2 if "stable" not in node.kwargs else len(node.args) + 1, False) is True
-    else:
-        highest = True
-    return not highest and op(selection.scores) != "neg"
 
 
 def _over_last_axis(scores: object, dim: object) -> bool:

@@ -208,7 +208,7 @@ def test_left_alone(cls: type[layers.Layer]) -> None:
         (layers.ShiftedIds, "arithmetic"),
         (layers.SmallestPicks, "lowest scores"),
         (layers.NucleusRouting, r"how it selects \(sort\) is not known"),
-        (layers.LastOfAscending, r"how it selects \(argsort\) is not known"),
+        (layers.EveryOther, r"how it selects \(argsort\) is not known"),
         (layers.NegatedDistance, "softmax of neg of cdist"),
         (layers.GatheredTransposed, "transposed ids"),
         (layers.DropsBest, "only 2 of the 3 picks"),
@@ -247,7 +247,7 @@ def test_what_keeps_scores_without_choosing_experts_is_no_skip(cls: type[layers.
 
 
 @pytest.mark.parametrize(
-    "cls", [layers.NegatedDistance, layers.LastOfAscending, layers.ProductKeys, layers.MasksInTurn, layers.ReachTheKth,
+    "cls", [layers.NegatedDistance, layers.EveryOther, layers.ProductKeys, layers.MasksInTurn, layers.ReachTheKth,
      layers.GatheredTransposed, layers.ChosenAgain, layers.LargestWeight],
 )  # fmt: skip
 def test_strict_objects_to_a_router_that_cannot_be_read(cls: type[layers.Layer]) -> None:

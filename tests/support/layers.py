@@ -195,6 +195,59 @@ class ArgsortThenSlice(Layer):
         return ids, scores.gather(-1, ids)
 
 
+class LastOfAscending(Layer):
+    """The best picks stand last, the very best at the end."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x).softmax(-1)
+        ids = scores.argsort(-1)[:, -K:]
+        return self.run(x, ids, scores.gather(-1, ids))
+
+
+class LastOfSorted(LastOfAscending):
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x).softmax(-1).sort(dim=-1)
+        return self.run(x, ids[:, E - K :], weights[:, E - K :])
+
+
+class AscendingTurned(Layer):
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.router(x).softmax(-1)
+        ids = scores.argsort(-1).flip(-1)[:, :K]
+        return ids, scores.gather(-1, ids)
+
+
+class LastTurned(Layer):
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = torch.sort(self.router(x).softmax(-1))
+        return ids[:, -K:].flip(-1), weights[:, -K:].flip(-1)
+
+
+class DescendingTurned(Layer):
+    """The worst: an order turned round."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.router(x).softmax(-1)
+        ids = scores.argsort(-1, descending=True).flip(-1)[:, :K]
+        return ids, scores.gather(-1, ids)
+
+
+class EveryOther(Layer):
+    """The best pick and the third."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.router(x).softmax(-1)
+        ids = scores.argsort(-1, descending=True)[:, : 2 * K : 2]
+        return ids, scores.gather(-1, ids)
+
+
+class LastOfTurned(Layer):
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.router(x).softmax(-1)
+        ids = scores.argsort(-1).flip(-1)[:, -K:]
+        return ids, scores.gather(-1, ids)
+
+
 class SmallestNegated(Layer):
     """The k smallest of negated scores are the k best."""
 
@@ -558,7 +611,8 @@ ROUTES: dict[type[Layer], int] = {
     SoftmaxThenTopK: K, TopKThenSoftmax: K, SortThenSlice: K, GatheredBiased: K, PerExpertScale: K, DenseScatter: K,
     DenseScatterInPlace: K, InfinityScatter: K, DenseOneHot: K, ThreeDimensional: K, EveryExpertPicked: E,
     WeightsAfterIds: K, CosineRouter: K, LoopOverExperts: K, Capacity: K,
-    EinsumRouter: K, ArgsortThenSlice: K, SmallestNegated: K, NormedLogits: K, CountedGroups: K, MaxInTurn: 2, BestOnly: 1,
+    EinsumRouter: K, ArgsortThenSlice: K, LastOfAscending: K, LastOfSorted: K, AscendingTurned: K, LastTurned: K,
+    SmallestNegated: K, NormedLogits: K, CountedGroups: K, MaxInTurn: 2, BestOnly: 1,
     BestAsMatrix: 1, SortedIds: K, ReshapedOnTheWay: K, EveryExpertAsMatrix: E, FlatMatrix: K,
     IdsLaidOutLikeWeights: K, TransposedRouter: K, TransposedEinsum: K, ChannelsFirst: K, TransposedBest: 1,
     MatrixByColumns: K, MatrixUnbound: K, StackedOutputs: K, StackedOutputsIndexed: K, MaskedLogits: K, MaskedLogitsWhere: K,
@@ -719,15 +773,6 @@ class NegatedDistance(Layer):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         weights, ids = (-torch.cdist(x, self.router.weight)).softmax(-1).topk(K)
         return ids, weights
-
-
-class LastOfAscending(Layer):
-    """The best picks stand last."""
-
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        scores = self.router(x).softmax(-1)
-        ids = scores.argsort(-1)[:, -K:]
-        return ids, scores.gather(-1, ids)
 
 
 class ProductKeys(Layer):
@@ -1069,7 +1114,8 @@ class ProjectedMemory(ChunkMemory):
 
 LEFT_ALONE: tuple[type[Layer], ...] = (
     Sampler, Indexer, ExpertChoice, NucleusRouting, GroupOnly, SmallestPicks, ShiftedIds, Median,
-    OneHotScores, MaskedIds, PromptPool, KWinners, ClassCounts, NegatedDistance, LastOfAscending, ProductKeys, MasksInTurn,
+    OneHotScores, MaskedIds, PromptPool, KWinners, ClassCounts, NegatedDistance, DescendingTurned, LastOfTurned, EveryOther,
+    ProductKeys, MasksInTurn,
     Heads, HeadsBeside, HeadsGated, HeadsOverPrompts, HeadsGatedByMemory, HeadsScaledByLoad, SortedBuckets, OneHotLookUp,
     OneHotCounts, LastVisitors, ReachTheKth, BelowTheKth, EqualToBest, ReachTheKthUnit, ExpertChoiceDown,
     GatheredTransposed, DropsBest, PushedDown, Boosted, WithoutBest, ChannelGroups, StackOfScales,
