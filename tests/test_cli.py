@@ -106,8 +106,11 @@ def test_eval_writes_rows_and_a_plot(folder: Path) -> None:
 
 def test_tune_writes_settings_that_serve_alone(folder: Path) -> None:
     out = folder / "tuned.safetensors"
-    result = run("tune", folder / "model", "--data", folder / "data.jsonl", "--artifact", folder / "model.moe.safetensors",
-                 "--max-ppl-increase", "50%", "--batch", 3, "--context", 6, "--groups", 1, "--out", out, "--json")  # fmt: skip
+    with mock.patch.multiple("moe_fx.tune", _CHECKS=2, _MEASUREMENTS=4):  # each is a compilation
+        result = run(
+            "tune", folder / "model", "--data", folder / "data.jsonl", "--artifact", folder / "model.moe.safetensors",
+            "--max-ppl-increase", "50%", "--batch", 3, "--context", 6, "--groups", 1, "--out", out, "--json",
+        )  # fmt: skip
     assert result.exit_code == 0, result.output
     tuned = json.loads(result.stdout)["tuned"]
     assert moe_fx.SERE(out).layers == tuple((site, s, t) for site, (s, t) in sorted(tuned.items()))
