@@ -486,7 +486,7 @@ def _dense_step(node: Node, dense_like: dict[Node, str], user: Node, router: Rou
     """The state of ``user``, or None when it is no longer a row over experts of the router's own."""
     name, state = op(user), dense_like[node]
     if state == "row":  # a sum over experts, kept only to renormalise by
-        if name in WEIGHT_WISE and same_shape(user, node):
+        if name in WEIGHT_WISE and (same_shape(user, node) or name in ("expand", "expand_as")):
             return "row"
         divides = any(dense_like.get(i) == "zero" for i in user.all_input_nodes)
         return "zero" if divides and _is_row_of_experts(user, router) else None

@@ -18,7 +18,7 @@ SCORE_WISE = (
     | frozenset(
         "softmax _softmax log_softmax _log_softmax sigmoid log_sigmoid log_sigmoid_forward softplus relu tanh sqrt rsqrt exp "
         "log log1p neg abs pow add sub rsub mul div clamp clamp_min clamp_max maximum minimum masked_fill where nan_to_num "
-        "dropout native_dropout slice narrow expand scatter getitem chunk split split_with_sizes addcmul gelu silu "
+        "dropout native_dropout slice narrow expand expand_as scatter getitem chunk split split_with_sizes addcmul gelu silu "
         "layer_norm native_layer_norm rms_norm _fused_rms_norm".split()
     )
 )

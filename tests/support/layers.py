@@ -442,6 +442,18 @@ class StackedOutputs(LoopOverExperts):
         return self.run(x, *self.route(x))
 
 
+class Normalized(Layer):
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = self.router(x).softmax(-1).topk(K)
+        return ids, F.normalize(weights, p=1, dim=-1)
+
+
+class MatrixNormalized(Normalized):
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x).softmax(-1).topk(K)
+        return self.run_dense(x, F.normalize(torch.zeros(x.shape[0], E).scatter(1, ids, weights), p=1, dim=-1))
+
+
 class RootsOfMatrix(Layer):
     """Each number of the matrix is replaced by its root."""
 
@@ -618,7 +630,7 @@ ROUTES: dict[type[Layer], int] = {
     MatrixByColumns: K, MatrixUnbound: K, StackedOutputs: K, StackedOutputsIndexed: K, MaskedLogits: K, MaskedLogitsWhere: K,
     MaskedScores: K, PutAtPlaces: K, FloatIds: K, RowsOfMatrices: K, SelectsMore: K, NormalisedFlat: K, DoubleRouter: K,
     TwoOpinions: K, InOrderOfIds: K, MatrixAtPicked: K, MatrixInLastLayer: K,
-    MatrixOfLengthOne: K, StackedOutputsTaken: K, RootsOfMatrix: K,
+    MatrixOfLengthOne: K, StackedOutputsTaken: K, RootsOfMatrix: K, Normalized: K, MatrixNormalized: K,
 }  # fmt: skip
 
 
