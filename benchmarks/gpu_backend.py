@@ -24,11 +24,13 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLaye
 import moe_fx
 from benchmarks.gpu_layer import check_error
 from benchmarks.gpu_measure import Results, Rig, microseconds, print_table, relative_error, result_name
+from moe_fx.evaluate import cache_argument
 from moe_fx.kernels import reference
 from moe_fx.testing import random_similarity
 
 BATCHES = (1, 4, 16, 64, 256)
 CACHE_TOKENS, POSITION = 256, 128
+CACHE = cache_argument(Qwen3MoeDecoderLayer)
 TOKEN_SETS = 4
 # Mask logits are normally distributed with standard deviation 1: 85% of them are below 1.036 = logit(0.738).
 TAU = 0.738
@@ -123,7 +125,7 @@ class Model(nn.Module):
 
 def run_layer(layer: nn.Module, hidden: Tensor, cache: LayerCache, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
     """One decoder layer."""
-    return layer(hidden, attention_mask=mask, past_key_values=cache, position_embeddings=(cos, sin))
+    return layer(hidden, attention_mask=mask, position_embeddings=(cos, sin), **{CACHE: cache})
 
 
 def artifact(sizes: Sizes) -> moe_fx.Artifact:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, StaticCache
 
 import moe_fx
+from moe_fx.evaluate import with_cache
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class Decoder:
         config = model.config
         self._step = step
         self._cache = StaticCache(config=config, max_cache_len=max_length)
+        self._arguments = with_cache(model, self._cache)
         self._cache.early_initialization(
             batch, config.num_key_value_heads, config.head_dim, next(model.parameters()).dtype, torch.device("cpu")
         )
@@ -130,7 +132,7 @@ class Decoder:
         logits, seconds = [], []
         for column in tokens.split(1, dim=1):
             start = time.perf_counter()
-            output = self._step(input_ids=column.contiguous(), past_key_values=self._cache, use_cache=True)
+            output = self._step(input_ids=column.contiguous(), **self._arguments)
             seconds.append(time.perf_counter() - start)
             logits.append(output.logits)
         return torch.cat(logits, dim=1), seconds

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_fx.evaluate import Decoder, EvaluationError, compiled_to_the_end, filled_cache
+from moe_fx.evaluate import Decoder, EvaluationError, compiled_to_the_end, filled_cache, with_cache
 from moe_fx.policy import Policy, TopK
 from moe_fx.stats import reset_stats, stats
 
@@ -104,13 +104,14 @@ class _Lane:
         self._call = _compiled(model, policies, inner)
         first = torch.zeros(batch, 1, dtype=torch.int64)
         self._cache = filled_cache(model, first.to(_device(model)), max(length, _SEGMENT))
+        self._arguments = with_cache(model, self._cache)
         for _ in range(2):
             self._step(first)
         self._cache.reset()
 
     def _step(self, column: Tensor) -> None:
         ids = column.to(_device(self._model)).contiguous()
-        self._call(input_ids=ids, past_key_values=self._cache, use_cache=True)
+        self._call(input_ids=ids, **self._arguments)
         _wait(self._model)
 
     def turn(self, tokens: Tensor, turn: int) -> float:

@@ -7,6 +7,7 @@ that likelihoods of different policies compare token by token.
 
 from __future__ import annotations
 
+import inspect
 import math
 import statistics
 import time
@@ -225,6 +226,16 @@ def static_cache(model: nn.Module, length: int) -> Any:
     return cache
 
 
+def cache_argument(module: nn.Module | type[nn.Module]) -> str:
+    """The argument by which a model of transformers, or one of its layers, takes a cache: it has another name from 5.24 on."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+
+
+def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """The arguments with which a model decodes into a cache."""
+    return {cache_argument(model): cache, "use_cache": True}
+
+
 def filled_cache(model: nn.Module, first: Tensor, length: int) -> Any:
     """``static_cache`` with the shapes it takes from a first token of each text [N, 1], outside what is compiled.
 
@@ -233,7 +244,7 @@ def filled_cache(model: nn.Module, first: Tensor, length: int) -> Any:
     """
     try:
         cache = static_cache(model, length)
-        model(input_ids=first, past_key_values=cache, use_cache=True)
+        model(input_ids=first, **with_cache(model, cache))
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EvaluationError(
@@ -281,6 +292,7 @@ class Decoder:
         first = torch.zeros(rows, 1, dtype=torch.int64)
         with torch.no_grad():
             self._cache = filled_cache(self._model, first.to(self._device), length)
+            self._arguments = with_cache(self._model, self._cache)
             with compiled_to_the_end():
                 self._step(first)
 
@@ -296,7 +308,7 @@ class Decoder:
 
     def _step(self, column: Tensor) -> Tensor:
         ids = column.to(self._device).contiguous()
-        logits: Tensor = self._compiled(input_ids=ids, past_key_values=self._cache, use_cache=True).logits[:, -1]
+        logits: Tensor = self._compiled(input_ids=ids, **self._arguments).logits[:, -1]
         return logits
 
 

@@ -21,6 +21,7 @@ from moe_fx.evaluate import (
     pareto,
     rows_of,
     windows,
+    with_cache,
 )
 from moe_fx.policy import SmallerK, TopK
 from moe_fx.testing import tolerance
@@ -63,7 +64,7 @@ def expected_losses(name: str, model: torch.nn.Module, group: Tensor, rule: tiny
 
     cache, losses = DynamicCache(config=model.config), []
     for t in range(group.shape[1] - 1):
-        logits = tiny.expected(model, name, rule, input_ids=group[:, t : t + 1], past_key_values=cache, use_cache=True)
+        logits = tiny.expected(model, name, rule, input_ids=group[:, t : t + 1], **with_cache(model, cache))
         losses.append(torch.nn.functional.cross_entropy(logits[:, -1], group[:, t + 1], reduction="none"))
     return torch.stack(losses, dim=1)
 

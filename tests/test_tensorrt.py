@@ -24,6 +24,7 @@ import dry_tensorrt
 import layers
 import moe_fx
 import tiny
+from moe_fx.evaluate import with_cache
 from moe_fx.inner import TENSORRT
 from moe_fx.passes.dynamo_form import writes_to_what_is_given
 from moe_fx.testing import tolerance
@@ -70,7 +71,7 @@ def decode(step: Callable[..., Any], model: nn.Module, device: str, steps: int =
 
     cache = StaticCache(config=model.config, max_cache_len=8)
     tokens = tiny.tokens(batch=2, length=steps)["input_ids"].to(device)
-    at = {"past_key_values": cache, "use_cache": True}
+    at = with_cache(model, cache)
     logits = [
         step(input_ids=tokens[:, t : t + 1], cache_position=torch.tensor([t], device=device), **at).logits for t in range(steps)
     ]
