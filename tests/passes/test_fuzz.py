@@ -46,7 +46,7 @@ def compiled(module: nn.Module, x: Tensor, wanted: Sequence[Settings]) -> list[t
     variants = Variants(wanted)
     model = torch.compile(module, backend=variants, fullgraph=True)
     results = []
-    with torch.no_grad():
+    with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         for index, report in enumerate(variants.reports):
             variants.chosen = index
             results.append((model(x), report))

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh}
 FORMS = (
     "gathered", "slots", "pairs", "sorted_pairs", "grouped", "dense_scatter", "dense_one_hot", "dense_infinity", "loop", "where",
-    "modules", "columns", "stacked", "stacked_dense",
+    "modules", "columns", "stacked", "stacked_dense", "found", "found_modules", "added_at_found", "written",
 )  # fmt: skip
 DENSE = ("dense_scatter", "dense_one_hot", "dense_infinity", "columns", "stacked_dense")
-MODULES = ("modules", "columns", "stacked", "stacked_dense")  # experts that are modules of their own
+#: Experts that are modules of their own.
+MODULES = ("modules", "columns", "stacked", "stacked_dense", "found_modules", "written")
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
     positive = weigh.startswith("softmax") or (scoring != "none" and not (weigh == "values" and bias))
     divides = positive and form != "dense_infinity"
     turns = ["topk", "topk", "topk_unsorted", "topk_first_axis", "topk_more"]
-    turns += ["sort", "argsort", "negated"] if picks < experts else []
+    turns += ["sort", "argsort", "negated", "ascending", "turned"] if picks < experts else []
     turns += (["in_turn"] if picks in (2, 3) and not groups else [])
     turns += ["max", "max_keepdim", "argmax"] if picks == 1 else []
     dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16]))
@@ -215,6 +216,12 @@ class Gate(nn.Module):
         if kind in ("argsort", "negated"):
             ids = (choice.argsort(-1, descending=True) if kind == "argsort" else (-choice).argsort(-1))[..., :k]
             return choice.gather(-1, ids), ids
+        if kind == "ascending":
+            ids = choice.argsort(dim=-1)[..., -k:]
+            return choice.gather(-1, ids), ids
+        if kind == "turned":
+            values, ids = choice.sort(-1)
+            return values.flip(-1)[..., :k], ids.flip(-1)[..., :k]
         if kind == "in_turn":
             picked = []
             for _ in range(k):
@@ -389,6 +396,31 @@ class Experts(nn.Module):
         for e in range(self.recipe.sizes[2]):
             out = out + self.one(x, e) * torch.where(ids == e, weights, 0.0).sum(-1, keepdim=True)
         return out
+
+    def as_found(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Expert after expert, each on the tokens it looks for."""
+        out, masks = torch.zeros_like(x), F.one_hot(ids, self.recipe.sizes[2]).permute(2, 1, 0)
+        for e in range(self.recipe.sizes[2]):
+            places, tokens = torch.where(masks[e])
+            out.index_add_(0, tokens, (self.one(x[tokens], e) * weights[tokens, places, None]).to(x.dtype))
+        return out
+
+    as_found_modules = as_found
+
+    def as_added_at_found(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(self.recipe.sizes[2]):
+            tokens, places = torch.where(ids == e)
+            out[tokens] += (self.one(x[tokens], e) * weights[tokens, places].unsqueeze(-1)).to(x.dtype)
+        return out
+
+    def as_written(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The rows of all picks, written expert after expert."""
+        rows, flat = x.repeat_interleave(self.recipe.picks, dim=0), ids.reshape(-1)
+        out = torch.empty_like(rows)
+        for e in range(self.recipe.sizes[2]):
+            out[flat == e] = self.one(rows[flat == e], e)
+        return (out.view(*ids.shape, -1) * weights.unsqueeze(-1)).sum(1)
 
     def as_columns(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Expert after expert, by the columns of a matrix."""
