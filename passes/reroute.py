@@ -18,7 +18,7 @@ from torch.fx.node import Node
 import moe_fx.ops  # noqa: F401  (defines torch.ops.moe_fx)
 from moe_fx.passes import graph as g
 from moe_fx.passes.bind import Binder
-from moe_fx.passes.cut import PARTS, Edge, fills_with, leaves_weights_out
+from moe_fx.passes.cut import PARTS, WEIGHT_WISE, Edge, fills_with, leaves_weights_out
 from moe_fx.passes.find_sites import Routing
 from moe_fx.passes.mlp import Experts
 from moe_fx.passes.proof import PRODUCTS
@@ -358,7 +358,9 @@ def _come_together(routing: Routing) -> bool:
         node = stack.pop()
         if g.op(node) in PRODUCTS | {"mul"} or node.op == "output":
             return True
-        if node not in seen and g.op(node) in g.LAYOUT | g.CASTS | PARTS | {"index", "index_select", "where", "sum"}:
+        # weights may be joined with those of shared experts, but not with what the picks give
+        joins = g.op(node) in _JOINS and g.rank(node) <= g.rank(routing.selection.scores)
+        if node not in seen and (joins or g.op(node) in g.LAYOUT | PARTS | WEIGHT_WISE | {"index", "index_select", "sum"}):
             seen.add(node)
             stack.extend(node.users)
     return False
