@@ -67,7 +67,8 @@ _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped
 _GETATTR_STEP = re.compile(r"""getattr\(([^()]*), (?:'([^']*)'|"([^"]*)")\)""")
 _GUARD_STEP = re.compile(r"""\._(?:modules|parameters|buffers)\[(?:'([^']*)'|"([^"]*)")\]""")
 _INDEX_STEP = re.compile(r"""\[(?:'([^']*)'|"([^"]*)"|(\d+))\]""")
-_ROOT = re.compile(r"^[LG]\['[^']+'\](?:\.__closure__\[\d+\]\.cell_contents|\.__self__)*")
+# a method under a decorator is a function of *args, the first of which is the module
+_ROOT = re.compile(r"^(?:L\['args'\]\[0\]|[LG]\['[^']+'\](?:\.__closure__\[\d+\]\.cell_contents|\.__self__)*)")
 
 
 def normal_name(path: str) -> str:

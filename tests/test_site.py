@@ -32,6 +32,9 @@ SEGMENTS = st.sampled_from(
         ("L['fn'].__closure__[0].cell_contents.layers.3", "layers.3"),
         ("L['fn'].__closure__[1].cell_contents.__closure__[0].cell_contents.layers.3", "layers.3"),
         ("L['forward'].__self__.layers.3", "layers.3"),
+        ("L['args'][0].layers.3", "layers.3"),
+        ("L['args'][0]._modules['layers']._modules['3'].mlp", "layers.3.mlp"),
+        ("L['args'][1].mlp", "1.mlp"),
         ("G['model'].layers.3", "layers.3"),
         # Wrapper modules.
         ("_orig_mod", ""),
@@ -106,7 +109,7 @@ class Model(nn.Module):
         return getattr(self.layers, "0")(x)
 
 
-@pytest.mark.parametrize("root", ["module", "method", "closure", "argument"])
+@pytest.mark.parametrize("root", ["module", "method", "closure", "argument", "decorated"])
 def test_the_paths_that_dynamo_writes_have_the_names_of_named_modules(root):
     """Whatever the compiled function calls the model, its sites have the names that ``named_modules`` gives."""
     found = []
@@ -124,6 +127,12 @@ def test_the_paths_that_dynamo_writes_have_the_names_of_named_modules(root):
         torch.compile(model, backend=record)(x)
     elif root == "method":
         torch.compile(model.forward, backend=record)(x)
+    elif root == "decorated":
+
+        def wrapped(*args):
+            return Model.forward(*args)
+
+        torch.compile(wrapped, backend=record)(model, x)
     elif root == "closure":
         torch.compile(lambda x: model(x), backend=record)(x)
     else:
