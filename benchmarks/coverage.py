@@ -82,7 +82,8 @@ _SPARSE = {"mlp_layer_types": ["sparse"] * LAYERS}
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 #: What an architecture needs beyond sizes; ``...`` leaves a size out.
 OVERRIDES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(["axk2", "deepseek_ocr2_text", "deepseek_v32", "glm_moe_dsa", "exaone_moe"], _SPARSE),
+    **dict.fromkeys(["axk2", "beam", "deepseek_ocr2_text", "deepseek_v32", "glm_moe_dsa", "exaone_moe"], _SPARSE),
+    "flint": {"mlp_only_layers": []},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}, "ffn_config": {
         "hidden_size": HIDDEN, "ffn_hidden_size": WIDTH, "moe_num_experts": EXPERTS, "moe_top_k": TOP_K,
         "ffn_act_fn": {"name": "silu"}}},

@@ -35,16 +35,28 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
         raise NormalizeError("it has no tensor input")
     if torch.is_grad_enabled() and any("autograd_function_apply" in str(n.target) for n in gm.graph.nodes):
         raise NormalizeError("it trains through a custom autograd function, whose backward a retrace would lose")
-    try:
-        with fx.traceback.preserve_node_meta(), mode:
-            new = make_fx(WrittenOut(gm).run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
-    except Exception as error:  # whatever the retrace meets, the graph must still compile
-        raise NormalizeError(f"it cannot be retraced to ATen ({type(error).__name__}: {_first_line(error)})") from error
-    if any(isinstance(getattr(new, str(n.target), None), FakeTensor) for n in new.graph.find_nodes(op="get_attr")):
+    new = _retraced(gm, fakes, mode, pre_dispatch=True)
+    if _holds_traced(new) and not torch.is_grad_enabled():
+        # what stands under vmap, as some masks and scans do, is only seen below the dispatcher, and so below autograd
+        new = _retraced(gm, fakes, mode, pre_dispatch=False)
+    if _holds_traced(new):
         raise NormalizeError("a part of it, such as a scan, holds what was only traced")
     _carry_over(gm, new, placeholders)
     tidy(new)
     return new
+
+
+def _retraced(gm: fx.GraphModule, fakes: list[Any], mode: Any, pre_dispatch: bool) -> fx.GraphModule:
+    try:
+        with fx.traceback.preserve_node_meta(), mode:
+            return make_fx(WrittenOut(gm).run, pre_dispatch=pre_dispatch, _allow_non_fake_inputs=True)(*fakes)
+    except Exception as error:  # whatever the retrace meets, the graph must still compile
+        raise NormalizeError(f"it cannot be retraced to ATen ({type(error).__name__}: {_first_line(error)})") from error
+
+
+def _holds_traced(gm: fx.GraphModule) -> bool:
+    """Whether the graph holds, as a constant, a value that exists while tracing only."""
+    return any(isinstance(getattr(gm, str(n.target), None), FakeTensor) for n in gm.graph.find_nodes(op="get_attr"))
 
 
 def tidy(gm: fx.GraphModule) -> None:

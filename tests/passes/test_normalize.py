@@ -33,6 +33,29 @@ def mutations(gm: fx.GraphModule) -> list[str]:
     return [str(n.target) for n in gm.graph.nodes if isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable]
 
 
+def masked_by_vmap(x: Tensor, window: Tensor) -> Tensor:
+    """Attention with a mask that is made under vmap, as some models make theirs."""
+    near = torch.vmap(torch.vmap(lambda q, k: (q - k).abs() <= window, in_dims=(None, 0)), in_dims=(0, None))
+    places = torch.arange(x.shape[0])
+    scores = (x @ x.T).masked_fill(~near(places, places), float("-inf"))
+    return scores.softmax(-1).topk(2).values
+
+
+def test_what_stands_under_vmap_is_read_where_no_gradient_is_needed() -> None:
+    x, window = torch.randn(5, 4), torch.tensor(2)
+    with torch.no_grad():
+        gm, result = normalized(masked_by_vmap, x, window)
+        torch.testing.assert_close(result, masked_by_vmap(x, window), rtol=0, atol=0)
+        other, narrow = torch.randn(5, 4), torch.tensor(1)
+        torch.testing.assert_close(gm(other, narrow)[0], masked_by_vmap(other, narrow), rtol=0, atol=0)
+    assert "topk" in [op(n) for n in gm.graph.nodes]
+
+
+def test_what_stands_under_vmap_is_not_read_below_autograd() -> None:
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="holds what was only traced"):
+        normalized(masked_by_vmap, torch.randn(5, 4, requires_grad=True), torch.tensor(2))
+
+
 def test_all_spellings_become_one() -> None:
     for spelling in (lambda x: torch.topk(x, 2), lambda x: x.topk(2, dim=-1), lambda x: torch.Tensor.topk(x, k=2)):
         gm, _ = normalized(spelling, torch.randn(3, 5))
