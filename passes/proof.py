@@ -39,7 +39,7 @@ def prove_experts(selection: Selection, router: Router, weights: Weights) -> Pro
     proof.leaves_graph = _leaves_graph(selection.ids)
     masks = _masks_by_expert(selection.ids, router.num_experts)
     every = set(masks) >= set(range(router.num_experts))
-    if every and _weighs_own_layers(masks[0], masks[router.num_experts - 1], selection.ids, router, weights):
+    if every and _weighs_own_layers(masks, router, weights):
         proof.at = masks[0][0]
         proof.paths = [p for p in [module_path(proof.at)] if p is not None]
         return proof
@@ -106,20 +106,24 @@ def _slices(hot: Node, axis: int) -> dict[int, list[Node]]:
     return found
 
 
-def _weighs_own_layers(first: list[Node], last: list[Node], ids: Node, router: Router, weights: Weights) -> bool:
+def _weighs_own_layers(masks: dict[int, list[Node]], router: Router, weights: Weights) -> bool:
     """Whether masks of two experts' picks gate activations, or choose them, that go through weights of each one's own.
 
     What is averaged class by class goes through none, or through the same.
     """
-    one, other = (set().union(*(_gated_through(m, ids, router, weights) for m in masks)) for masks in (first, last))
+    every = {mask for own in masks.values() for mask in own}
+    one, other = (
+        set().union(*(_gated_through(mask, every.difference(own), router, weights) for mask in own))
+        for own in (masks[0], masks[router.num_experts - 1])
+    )
     stacked = any(isinstance(w, Node) and is_expert_stack(w, router, weights) for w in one & other)
     return stacked or bool(one - other and other - one)
 
 
-def _gated_through(mask: Node, ids: Node, router: Router, weights: Weights) -> set[object]:
+def _gated_through(mask: Node, others: set[Node], router: Router, weights: Weights) -> set[object]:
     """The weights that were read on the way to, or are on the way from, activations that a mask gates a few ops on.
 
-    What other experts made of their picks meanwhile, such as the sum so far, is passed over.
+    What was made by the masks of ``others`` meanwhile, such as the sum so far, is passed over.
     """
     found: set[object] = set()
     frontier = [mask]
@@ -127,23 +131,21 @@ def _gated_through(mask: Node, ids: Node, router: Router, weights: Weights) -> s
         frontier = [u for n in frontier for u in n.users if u.op == "call_function"]
         for user in frontier:
             floats = [i for i in user.all_input_nodes if is_float(i) and carries_activations(i, router, weights)]
-            others = [i for i in floats if not _comes_from(i, ids)]
-            if others and (op(user) in ("mul", "where") or (op(user) in _LOOK_UPS and user.all_input_nodes[0] in others)):
-                found |= _read_before(others, router, weights) | _read_behind(user, weights)
+            gated = [i for i in floats if not _comes_from(i, others)]
+            if gated and (op(user) in ("mul", "where") or (op(user) in _LOOK_UPS and user.all_input_nodes[0] in gated)):
+                found |= _read_before(gated, router, weights) | _read_behind(user, weights)
         if found:
             return found  # further on are the sums of all experts
     return found
 
 
-def _comes_from(node: Node, source: Node) -> bool:
-    """Whether a value was made from another, not many ops before."""
+def _comes_from(node: Node, sources: set[Node]) -> bool:
+    """Whether a value was made from one of some others, not many ops before."""
     frontier, seen = [node], {node}
-    while frontier and len(seen) < REACH:
-        if source in seen:
-            return True
-        frontier = [i for n in frontier for i in n.all_input_nodes if i not in seen and not i < source]
+    while frontier and len(seen) < REACH and sources.isdisjoint(seen):
+        frontier = [i for n in frontier for i in n.all_input_nodes if i not in seen]
         seen |= set(frontier)
-    return source in seen
+    return not sources.isdisjoint(seen)
 
 
 def _read_before(nodes: list[Node], router: Router, weights: Weights) -> set[object]:
