@@ -198,6 +198,15 @@ def test_on_cpu_equals_the_reference(data):
     check(on_cpu, draw_case(data, [0, 1, 2, 5, 17]))
 
 
+@pytest.mark.parametrize("is_slow", [True, False])
+@given(data=st.data())
+def test_on_cpu_with_and_without_instructions_for_narrow_products(is_slow, data):
+    case = draw_case(data, [1, 5, 17])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experts_cpu, "_is_slow", lambda dtype: is_slow and dtype.itemsize == 2)
+        check(on_cpu, case)
+
+
 def apart(weight: Tensor | None, stacked: bool) -> list[Tensor]:
     return [] if weight is None else [weight] if stacked else [*weight.unbind()]
 
