@@ -60,13 +60,15 @@ class RoutingPass(InductorPass):
         if any(p.switches_off for p in self.policies):
             opaque = [n for n in opaque if _is_given_routers_input(n)]
         for node in opaque:
-            use_our_op(node)
+            call_instead(node, ops.with_policy(g.called(node)))
         rewritten = self._rewrite_open(graph)
         if opaque or rewritten:
             graph.lint()
             policy = " + ".join(p.describe() for p in self.policies)
             shared = f" and {len(opaque)} calls of vLLM's MoE op" if opaque else ""
-            logger.info("moe_fx: %s on %d routing sites%s of a compiled graph", policy, len(rewritten), shared)
+            sparse = sum(n.op == "call_function" and g.called(n) in ops.SPARSE.values() for n in graph.nodes)
+            skipping = f"; {sparse} experts kernels leave out what is off" if sparse else ""
+            logger.info("moe_fx: %s on %d routing sites%s of a compiled graph%s", policy, len(rewritten), shared, skipping)
 
     def _rewrite_open(self, graph: fx.Graph) -> list[str]:
         """Put ``route_layer`` on every cut; the engine's names of the layers."""
@@ -101,7 +103,11 @@ class RoutingPass(InductorPass):
         if any(p.switches_off for p in self.policies) and len({e.node for e in routing.cut.weights}) != 1:
             return "its weights leave the router in several forms"
         no_tensors: Any = None  # they are looked up while the graph runs
-        return reroute(graph.owning_module, routing, self.policies, no_tensors, apply=apply)
+        experts = routing.experts
+        reason = reroute(graph.owning_module, routing, self.policies, no_tensors, apply=apply)
+        if reason is None and experts is not None and any(p.switches_off for p in self.policies):
+            call_instead(experts, ops.SPARSE.get(g.called(experts)))
+        return reason
 
 
 def _is_given_routers_input(node: Node) -> bool:
@@ -134,9 +140,8 @@ def _bare(node: object) -> object:
     return node
 
 
-def use_our_op(node: Node) -> None:
-    """Have a call of one of vLLM's MoE ops call ours, which has the same schema."""
-    ours: Any = ops.with_policy(g.called(node))
+def call_instead(node: Node, ours: Any) -> None:
+    """Have a call of one of vLLM's ops call ours, which has the same schema; None leaves it."""
     if ours is None:
         return
     if g.called(node) is node.target:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -118,6 +119,27 @@ def route_layer_ids(topk_ids: Tensor, layer: str) -> Tensor:
     return route(_policy_of(layer), None, topk_ids, None)[1]
 
 
+def experts_without_off_picks(
+    output: Tensor, input: Tensor, w13: Tensor, w2: Tensor, w13_bias: Tensor | None, w2_bias: Tensor | None,
+    topk_weights: Tensor, topk_id: Tensor, skip_weighted: bool, act: str, isa: str,
+) -> None:  # fmt: skip
+    """vLLM's CPU kernel, which computes a pick of weight 0 like any other, for the picks of another weight alone.
+
+    Where that leaves at least a quarter out, each of the others is given to the kernel as a token of its own, and a token's
+    results are summed in float32: the same up to rounding.
+    """
+    rest = w13, w2, w13_bias, w2_bias
+    token, pick = topk_weights.nonzero(as_tuple=True)
+    if skip_weighted or 4 * len(token) > 3 * topk_weights.numel():
+        torch.ops._C.cpu_fused_moe(output, input, *rest, topk_weights, topk_id, skip_weighted, act, isa)
+        return
+    by_pick = output.new_empty(len(token), output.shape[1])
+    picks = topk_weights[token, pick, None], topk_id[token, pick, None]
+    if len(token):
+        torch.ops._C.cpu_fused_moe(by_pick, input[token], *rest, *picks, skip_weighted, act, isa)
+    output.copy_(torch.zeros_like(output, dtype=torch.float32).index_add_(0, token, by_pick.float()))
+
+
 # -------------------------------------------------------------------------------------------------- opaque form
 
 
@@ -212,6 +234,8 @@ def with_policy(op: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
 
 
 _OURS: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}
+#: Our op for an experts kernel of vLLM's that computes off picks.
+SPARSE: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}
 _LIBRARY = torch.library.Library("moe_fx", "FRAGMENT")
 
 
@@ -231,6 +255,20 @@ def _define_opaque(name: str, forward: MoEForward, fake: MoEForward) -> None:
     _OURS[theirs] = getattr(torch.ops.moe_fx, name).default
 
 
+def _define_sparse_experts() -> None:
+    """An op of ours with the very schema of vLLM's experts kernel for CPUs, where this vLLM has that kernel and that schema."""
+    theirs = getattr(torch.ops._C, "cpu_fused_moe", None)
+    if theirs is None:
+        return
+    arguments = theirs.default._schema.arguments
+    names = tuple(inspect.signature(experts_without_off_picks).parameters)
+    if tuple(a.name for a in arguments) != names:
+        return
+    schema = str(theirs.default._schema).removeprefix("_C::cpu_fused_moe")
+    _define("cpu_fused_moe", schema, experts_without_off_picks, lambda *_: None, (torch.Tag.needs_fixed_stride_order,))
+    SPARSE[theirs.default] = torch.ops.moe_fx.cpu_fused_moe.default
+
+
 if not hasattr(torch.ops.moe_fx, "route_layer"):
     _PT2 = (torch.Tag.pt2_compliant_tag,)
     _define(
@@ -241,3 +279,4 @@ if not hasattr(torch.ops.moe_fx, "route_layer"):
             lambda ids, layer: torch.empty_like(ids), _PT2)  # fmt: skip
     _define_opaque("moe_forward", moe_runner._moe_forward, moe_runner._moe_forward_fake)
     _define_opaque("moe_forward_shared", moe_runner._moe_forward_shared, moe_runner._moe_forward_shared_fake)
+    _define_sparse_experts()

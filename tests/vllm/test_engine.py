@@ -141,3 +141,4 @@ def test_the_log_says_what_was_rewritten(engines, form, rewritten):
     log = engines[form]["log"]
     assert f"moe_fx: BEAM(tau=0.5) + SERE(primary=2, threshold=0.4) on {rewritten} of a compiled graph" in log
     assert "moe_fx: 2 of 2 MoE layers run BEAM(tau=0.5) + SERE(primary=2, threshold=0.4)" in log
+    assert ("2 experts kernels leave out what is off" in log) == (form == "open")

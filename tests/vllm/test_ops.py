@@ -638,3 +638,31 @@ def test_a_runner_without_a_mask_counts_its_real_tokens():
     finally:
         padding._counters.clear()
     assert seen == [5, 0, 64]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("off", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_off_picks_cost_the_cpu_kernel_no_rows(ops, off, dtype, monkeypatch):
+    """Folded picks have weight 0; from a quarter of them on, vLLM's kernel is given the others alone."""
+    from vllm._custom_ops import cpu_prepack_moe_weight
+
+    kernel, rows = torch.ops._C.cpu_fused_moe, []
+    generator = torch.Generator().manual_seed(0)
+    w_gate_up, w_down = (0.2 * torch.randn(EXPERTS, *shape, generator=generator).to(dtype) for shape in ((64, 64), (64, 32)))
+    hidden = torch.randn(TOKENS, 64, generator=generator).to(dtype)
+    weights, ids = random_routing(TOKENS, TOP_K, EXPERTS, seed=5)
+    is_off = torch.rand(weights.shape, generator=generator) < off
+    weights, ids = reference.fold_masked(weights.masked_fill(is_off, 0.0), ids.masked_fill(is_off, -1))
+    packed = (cpu_prepack_moe_weight(w, "vec") for w in (w_gate_up, w_down))
+
+    def counting(output, hidden, *others):
+        rows.append(others[5].numel())
+        kernel(output, hidden, *others)
+
+    monkeypatch.setattr(torch.ops._C, "cpu_fused_moe", counting)
+    output = torch.full((TOKENS, 64), torch.nan, dtype=dtype)
+    torch.ops.moe_fx.cpu_fused_moe(output, hidden, *packed, None, None, weights, ids.int(), False, "silu", "vec")
+    expected = reference.fused_experts(hidden, w_gate_up, w_down, weights, ids)
+    torch.testing.assert_close(output, expected, **tolerance(dtype))
+    on = int((weights != 0).sum())
+    assert sum(rows) == (on if off > 0.3 else weights.numel())
