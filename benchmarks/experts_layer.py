@@ -27,7 +27,7 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 import moe_fx.ops  # noqa: F401  (registers the op)
-from benchmarks.measure import RESULTS, available_cores, median_ratio, spread, write_csv
+from benchmarks.measure import RESULTS, available_cores, device_in_a_name, median_ratio, spread, write_csv
 from moe_fx.kernels import reference
 from moe_fx.testing import random_similarity
 
@@ -270,9 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=200)
     with console.status("starting") as status:
         rows = run(status.update, options.tokens)
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {torch.backends.cpu.get_cpu_capability()}"
-    device = name.lower().replace(" ", "-")
-    path = options.out / f"experts_layer_{device}.csv"
+    path = options.out / f"experts_layer_{device_in_a_name()}.csv"
     write_csv(path, rows)
     ratios = "ratio_to_grouped_mm", "share_of_fused_top_k_time", "share_of_copy_bandwidth"
     shown = ("tokens", "configuration", "milliseconds", *ratios)

@@ -52,6 +52,12 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def device_in_a_name() -> str:
+    """The GPU's name, or a CPU's instruction set, for the name of a file: ``cpu-avx512``."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    return name.lower().replace(" ", "-")
+
+
 def conditions() -> dict[str, str]:
     """What a reader needs to judge a number: commit, device, cores, versions."""
     return {

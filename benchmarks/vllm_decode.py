@@ -27,7 +27,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.measure import RESULTS, median_ratio, spread, write_csv
+from benchmarks.measure import RESULTS, device_in_a_name, median_ratio, spread, write_csv
 from benchmarks.models import DECODE_600M
 
 SHAPE = DECODE_600M
@@ -254,7 +254,7 @@ def row(candidate: Candidate, stock: Candidate, batch: int) -> dict[str, object]
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.vllm_decode", description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS / "vllm_decode.csv", help="%(default)s")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"vllm_decode_{device_in_a_name()}.csv", help="%(default)s")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="%(default)s")
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES), help="%(default)s")
     parser.add_argument("--folder", type=Path, help="where the model and the engines' logs go (default: a temporary folder)")

@@ -20,8 +20,9 @@ active), two threads of a Zen 5 whose other two cores were at work too, where co
   block, once: Inductor keeps the code on disk.
 * Otherwise there is a loop over experts, whose results go into memory that is used again: with a new result for
   every product 512 tokens took 36 ms, and so 26.
-* A machine without instructions for bfloat16 (a Zen 3) multiplies it in a plain loop: 512 tokens took 718 ms.  There every
-  expert's weights are first copied to float32, an eighth of the product's time for 64 rows.
+* A machine without instructions for bfloat16 (a Zen 3) multiplies it in a plain loop: 512 tokens took 718 ms.  There the
+  experts' weights are first copied to float32, one expert's at a time, which with the product takes 186 ms; and the compiled
+  function serves up to 32 rows, or 16 wide ones: at 16 rows it took 49 ms where the loop took 107.
 * What did not pay: blocks of more rows, two or four columns at once, rows in bfloat16 or in parts of their width,
   -fprefetch-loop-arrays, weights as pairs in int32.
 """
@@ -45,6 +46,7 @@ from moe_fx.kernels.cpu import np
 
 ROWS_IN_BLOCK = (4, 2)  # of narrow, of wide rows; fewer where active experts have at most two on average
 MOST_ROWS_COMPILED = (12, 3)  # of an active expert, on average: the loop serves more
+MOST_ROWS_COMPILED_SLOW = (32, 16)  # the same where the loop multiplies in float32
 BYTES_OF_NARROW_ROWS = 2**15  # of four in float32: what stays in the first cache beside the weights that pass through
 LEAST_BYTES_COMPILED = 2**15  # of one expert's gate and up weights: below (not measured) the loop
 BYTES_OF_TILE = 2**17  # of weights that a thread keeps in its second cache
@@ -340,7 +342,8 @@ def _compiled_mixture(layer: Layer, hidden: Tensor, topk_weights: Tensor, topk_i
     """The result by one compiled function; None where none can be had, or a loop over the experts serves better."""
     if not layer.is_compiled:
         return None
-    blocks = in_blocks(topk_ids, len(layer.w_down), ROWS_IN_BLOCK[layer.is_wide], MOST_ROWS_COMPILED[layer.is_wide])
+    most_rows = (MOST_ROWS_COMPILED_SLOW if _is_slow(hidden.dtype) else MOST_ROWS_COMPILED)[layer.is_wide]
+    blocks = in_blocks(topk_ids, len(layer.w_down), ROWS_IN_BLOCK[layer.is_wide], most_rows)
     if blocks is None:
         return None
     if len(blocks.runs) == 0:

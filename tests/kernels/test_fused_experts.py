@@ -396,6 +396,7 @@ def compiled(monkeypatch):
     monkeypatch.setattr(experts_cpu, "LEAST_BYTES_COMPILED", 0)
     monkeypatch.setattr(experts_cpu, "BYTES_OF_TILE", 256)
     monkeypatch.setattr(experts_cpu, "_compiled", functions)
+    monkeypatch.setattr(experts_cpu, "_is_slow", lambda dtype: False)  # that decides, too, what is compiled
     return functions
 
 
@@ -413,6 +414,16 @@ def test_large_experts_with_few_rows_are_compiled_once(settings_of_case, compile
         check(on_cpu, Case(num_tokens, top_k=3, num_experts=9, off=0.2, **settings_of_case))
     assert None not in compiled.values()
     assert len(compiled) == 4
+
+
+@pytest.mark.parametrize(("is_slow", "most"), [(False, 12), (True, 32)])
+def test_the_loop_serves_from_more_rows_on_where_it_multiplies_in_float32(is_slow, most, compiled, monkeypatch):
+    monkeypatch.setattr(experts_cpu, "_is_slow", lambda dtype: is_slow)
+    called = []
+    for num_tokens in (most, most + 1):
+        check(on_cpu, Case(num_tokens, top_k=1, num_experts=1, dtype=torch.bfloat16))
+        called.append(list(compiled)[-1][0])
+    assert called == ["_mixture", "_sum_of_picks"]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 30])
