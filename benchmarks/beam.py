@@ -4,8 +4,9 @@
     python -m benchmarks.beam             # every configuration below that has no row yet, then the table and the plot
     python -m benchmarks.beam --only beta-0.3 l2-target-2
 
-Each configuration trains the masks alone, on text that the model was trained on, and is judged on held-out files: loss,
-next-token accuracy and perplexity, with the picks that were really computed counted while it runs.
+Each configuration trains the masks alone (``whole-``: the model with them), on text that the model was trained on, and is
+judged on held-out files: loss, next-token accuracy and perplexity, with the picks that were really computed counted while it
+runs.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ class Configuration:
     policy: type[BEAM] = BEAM
 
 
+WHOLE_MODEL = {"freeze": "none", "model_learning_rate": 3e-4}  # as published: the model learns beside its masks
 BETAS = (0.1, 0.3, 1.0, 3.0, 10.0)
 CONFIGURATIONS = [
     *(Configuration(f"beta-{beta:g}", {"beta": beta}) for beta in BETAS),
@@ -84,6 +86,9 @@ CONFIGURATIONS = [
     Configuration("l2-beta-1", {"beta": 1.0}, regularize=l2),
     Configuration("l2-beta-3", {"beta": 3.0}, regularize=l2),
     Configuration("l2-target-2", {"beta": 0.3, "target_picks": 2.0}, regularize=l2),
+    Configuration("whole-beta-1", {"beta": 1.0, **WHOLE_MODEL}),
+    Configuration("whole-l2-beta-1", {"beta": 1.0, **WHOLE_MODEL}, regularize=l2),
+    Configuration("whole-soft-beta-1", {"beta": 1.0, **WHOLE_MODEL}, policy=SoftBEAM),
 ]
 
 
@@ -237,13 +242,14 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         "BEAM, towards 2 picks": [r for r in rows if r["configuration"].startswith("target-")],
         "L2 instead of L1": [r for r in rows if r["configuration"].startswith("l2-")],
         "soft in training, hard after": [r for r in rows if r["configuration"].startswith("soft-")],
+        "the whole model trained": [r for r in rows if r["configuration"].startswith("whole-")],
         "plain smaller K": [r for r in rows if r["configuration"].startswith(("plain", "full"))],
     }
-    for (label, group), marker in zip(series.items(), "os^xD", strict=True):
+    for (label, group), marker in zip(series.items(), "os^xPD", strict=True):
         if not group:
             continue
         group.sort(key=lambda r: r["picks"])
-        line = "-" if len(group) > 2 else ""
+        line = "-" if label in ("BEAM, fixed beta", "plain smaller K") else ""
         axes.plot([r["picks"] for r in group], [r["loss_above_full"] for r in group], line + marker, label=label)
         for r in group:
             place = (r["picks"], r["loss_above_full"])
