@@ -1,4 +1,4 @@
-"""Hypothesis profiles, the Triton interpreter on machines without a GPU, and the reason GPU tests skip."""
+"""Threads, hypothesis profiles, the Triton interpreter on machines without a GPU, and the reason GPU tests skip."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ import os
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# The workers of pytest-xdist share the cores: with more threads than cores, threads wait for one another.
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+_THREADS = max(1, _CORES // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+torch.set_num_threads(_THREADS)
+os.environ.setdefault("OMP_NUM_THREADS", str(_THREADS))  # of the processes that tests start
 
 # Without a CUDA device the kernels run in Triton's interpreter.  Triton reads this when it is first imported, which no
 # test module may do before this line.  Inductor on CPU works with it; ahead-of-time compilation needs a process
