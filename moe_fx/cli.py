@@ -294,6 +294,7 @@ def inspect(
                 raise InputError(f"{similarity} has only {kinds} and no similarity to draw: name a file of 'moe-fx calibrate'")
             report.draw_similarity(plot, artifact)
     if not as_json:
+        _stdout().print("As under a fresh BEAM, which keeps every pick; fused experts skip what a trained one switches off.")
         _stdout().print(found)
         if matches:
             _stdout().print(_match_table(matches))
