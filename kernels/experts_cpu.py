@@ -21,8 +21,8 @@ active), two threads of a Zen 5 whose other two cores were at work too, where co
 * Otherwise there is a loop over experts, whose results go into memory that is used again: with a new result for
   every product 512 tokens took 36 ms, and so 26.
 * A machine without instructions for bfloat16 (a Zen 3) multiplies it in a plain loop: 512 tokens took 718 ms.  There the
-  experts' weights are first copied to float32, one expert's at a time, which with the product takes 186 to 212 ms; and the compiled
-  function serves up to 32 rows, or 16 wide ones: at 16 rows it took 49 ms where the loop took 107.
+  experts' weights are first copied to float32, one expert's at a time, which with the product takes 186 to 212 ms; and the
+  compiled function serves up to 32 rows, or 16 wide ones: at 16 rows it took 49 ms where the loop took 107.
 * What did not pay: blocks of more rows, two or four columns at once, rows in bfloat16 or in parts of their width,
   -fprefetch-loop-arrays, weights as pairs in int32.
 """
