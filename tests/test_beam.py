@@ -174,8 +174,13 @@ def by_hand(model: TwoLayers, policy: moe_fx.BEAM, x: Tensor) -> list[Tensor]:
     return [(x @ policy.masks()["first"].T).gather(1, ids)]
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(
+    ("checkpointed", "inner"),
+    [
+        *((checkpointed, inner) for checkpointed in (False, True) for inner in ("eager", "aot_eager")),
+        pytest.param(True, "inductor", marks=pytest.mark.slow),
+    ],
+)
 def test_what_leaves_the_graph_under_every_compiler_and_checkpointing(checkpointed: bool, inner: str) -> None:
     """Recomputed layers are not counted twice, and each site's values come under its own name."""
     plain, model, x = TwoLayers(), TwoLayers(checkpointed), hidden()

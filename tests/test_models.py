@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 import moe_fx
 import tiny
+from moe_fx.report import Report
 from moe_fx.testing import tolerance
+from variants import run_each
 
 PRIMARY, THRESHOLD, TAU = 1, 0.4, 0.5
 
@@ -46,76 +48,75 @@ def assert_same(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got, want, **tolerance(want.dtype))
 
 
-#: Eager experts break the graph at every expert, which takes longest to compile: not all architectures.
-CASES_OF_EXPERTS = [
-    *((name, experts) for name in tiny.ARCHS for experts in ("grouped_mm", "batched_mm")),
-    *((name, "eager") for name in ("qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe")),
-]
+#: (policy, whether experts are fused) by experts implementation.
+CASES = {
+    "grouped_mm": [("topk", True), ("sere", False), ("beam", True), ("beam+sere", False)],
+    "batched_mm": [("sere", True), ("beam", False), ("beam+sere", True), ("fresh beam", True)],
+}
 
 
-@pytest.mark.parametrize(("name", "experts"), CASES_OF_EXPERTS)
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("name", tiny.ARCHS)
 def test_every_policy_equals_the_hand_patched_model(name: str, experts: str) -> None:
     model, artifact, inputs = tiny.build(name, experts), tiny.random_artifact(name), tiny.tokens()
-    plain = tiny.expected(model, name, None, **inputs)
-    for label, fuse in CASES[experts]:
-        torch._dynamo.reset()
-        policy, rule = policies(artifact)[label]
-        want = tiny.expected(model, name, rule, **inputs)
-        got = run(model, policy, "eager", fuse, **inputs)
-        report = moe_fx.last_report()
-        assert_same(got, want)
-        assert [s.name for s in report.sites] == list(tiny.ARCHS[name].sites), label
-        assert report.skips == []
-        switches_off = "beam" in label
-        assert {s.experts for s in report.sites} == {"fused" if fuse else "folded" if switches_off else "untouched"}
-        if rule is not None:  # a rewrite that did nothing would pass against a rule that did nothing
-            assert not torch.allclose(want, plain, atol=1e-2), label
+    asked = policies(artifact)
+    wanted = [{"policy": asked[label][0], "fuse_experts": fuse, "strict": True} for label, fuse in CASES[experts]]
+    results = run_each(model, wanted, **inputs)
+    for (label, fuse), (output, report) in zip(CASES[experts], results, strict=True):
+        check_result(model, name, label, asked[label][1], output.logits, report)
+        assert {s.experts for s in report.sites} == {"fused" if fuse else "folded" if "beam" in label else "untouched"}
+
+
+@pytest.mark.parametrize("label", ["sere", "beam+sere"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_every_policy_equals_the_hand_patched_model_whose_graphs_break(name: str, label: str) -> None:
+    """Eager experts break the graph at every expert, which takes longest to compile: not all architectures."""
+    model, artifact, inputs = tiny.build(name, "eager"), tiny.random_artifact(name), tiny.tokens()
+    policy, rule = policies(artifact)[label]
+    logits = run(model, policy, "eager", **inputs)
+    check_result(model, name, label, rule, logits, moe_fx.last_report())
+    assert {s.experts for s in moe_fx.last_report().sites} == {"folded" if "beam" in label else "untouched"}
+
+
+def check_result(model: nn.Module, name: str, label: str, rule: tiny.Rule | None, logits: Tensor, report: Report) -> None:
+    """Equal to the model patched by hand, whose rule changes something; all sites found, nothing skipped."""
+    want, plain = (tiny.expected(model, name, r, **tiny.tokens()) for r in (rule, None))
+    assert_same(logits, want)
+    assert [s.name for s in report.sites] == list(tiny.ARCHS[name].sites), label
+    assert report.skips == []
+    if rule is not None:  # a rewrite that did nothing would pass against a rule that did nothing
+        assert not torch.allclose(want, plain, atol=1e-2), label
 
 
 SHARES = (0.0, 0.5, 0.9, 1.0)
 
 
 @pytest.mark.parametrize("name", tiny.ARCHS)
-@pytest.mark.parametrize("label", ["beam", "beam+sere"])
-def test_any_share_of_the_picks_off(name: str, label: str) -> None:
-    """Fused and folded, each compiled once: the mask routers of the other shares are copied into the compiled graph's."""
+def test_any_share_of_the_picks_off(name: str) -> None:
+    """Fused and folded."""
     model, inputs = tiny.build(name), tiny.tokens()
     artifacts = {share: tiny.artifact_with_share_off(model, name, share, TAU, **inputs) for share in SHARES}
     plain = tiny.expected(model, name, None, **inputs)
-    want = {share: tiny.expected(model, name, policies(a)[label][1], **inputs) for share, a in artifacts.items()}
-    for share, logits in want.items():
-        assert torch.allclose(logits, plain, atol=1e-2) == (share == 0 and label == "beam"), "the share must show"
-    for fuse in (True, False):
-        torch._dynamo.reset()
-        graphs: list[torch.fx.GraphModule] = []
-        options = {"inner": lambda gm, _, graphs=graphs: graphs.append(gm) or gm.forward, "fuse_experts": fuse, "strict": True}
-        program = torch.compile(model, backend="moe_sparse", options={"policy": policies(artifacts[0.0])[label][0], **options})
-        for share, artifact in artifacts.items():
-            for gm in graphs:  # none yet for the first share, whose own mask routers are compiled in
-                masks = [b for n, b in gm.named_buffers() if n.startswith("moe_fx_") and b.shape == (tiny.EXPERTS, tiny.HIDDEN)]
-                for mask, site in zip(masks, tiny.ARCHS[name].sites, strict=True):
-                    mask.copy_(artifact.sites[site]["mask_router"])
-            with torch.no_grad():
-                assert_same(program(**inputs).logits, want[share])
-        assert len(graphs) == 1
-        assert {s.experts for s in moe_fx.last_report().sites} == {"fused" if fuse else "folded"}
+    cases = [(label, share, fuse) for label in ("beam", "beam+sere") for share in SHARES for fuse in (True, False)]
+    asked = [policies(artifacts[share])[label] for label, share, _ in cases]
+    wanted = [{"policy": policy, "fuse_experts": case[2], "strict": True} for case, (policy, _) in zip(cases, asked, strict=True)]
+    results = run_each(model, wanted, **inputs)
+    for (label, share, fuse), (_, rule), (output, report) in zip(cases, asked, results, strict=True):
+        want = tiny.expected(model, name, rule, **inputs)
+        assert torch.allclose(want, plain, atol=1e-2) == (share == 0 and label == "beam"), "the share must show"
+        assert_same(output.logits, want)
+        assert {s.experts for s in report.sites} == {"fused" if fuse else "folded"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "share"), [("qwen3_moe", 0.9), ("gpt_oss", 0.5), ("deepseek_v2", 1.0)])
-@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize(
+    ("name", "share", "fuse"), [("qwen3_moe", 0.9, True), ("gpt_oss", 0.5, False), ("deepseek_v2", 1.0, True)]
+)
 def test_any_share_of_the_picks_off_under_inductor(name: str, share: float, fuse: bool) -> None:
+    """Some of the shares of above."""
     model, inputs = tiny.build(name), tiny.tokens()
     policy, rule = policies(tiny.artifact_with_share_off(model, name, share, TAU, **inputs))["beam"]
     assert_same(run(model, policy, "inductor", fuse, **inputs), tiny.expected(model, name, rule, **inputs))
-
-
-#: (policy, whether experts are fused) by experts implementation.  Experts that do not trace cannot be fused.
-CASES = {
-    "grouped_mm": [("topk", True), ("sere", False), ("beam", True), ("beam+sere", False)],
-    "batched_mm": [("sere", True), ("beam", False), ("beam+sere", True), ("fresh beam", True)],
-    "eager": [("sere", False), ("beam+sere", False)],
-}
 
 
 @pytest.mark.parametrize("name", tiny.ARCHS)
@@ -155,56 +156,32 @@ def test_inductor(name: str, experts: str, label: str) -> None:
 def test_low_precision(dtype: torch.dtype) -> None:
     name = "qwen3_moe"
     model, artifact, inputs = tiny.build(name, dtype=dtype), tiny.random_artifact(name), tiny.tokens()
-    for label in ("topk", "beam+sere"):
-        policy, rule = policies(artifact)[label]
-        torch._dynamo.reset()
-        got, want = run(model, policy, "eager", False, **inputs), tiny.expected(model, name, rule, **inputs)
+    asked = {label: policies(artifact)[label] for label in ("topk", "beam+sere")}
+    wanted = [{"policy": policy, "fuse_experts": fuse, "strict": True} for policy, _ in asked.values() for fuse in (False, True)]
+    outputs = [output.logits for output, _ in run_each(model, wanted, **inputs)]
+    for (label, (_, rule)), got, fused in zip(asked.items(), outputs[::2], outputs[1::2], strict=True):
+        want = tiny.expected(model, name, rule, **inputs)
         assert torch.equal(got, want), label  # the same kernels in the same order
-        torch._dynamo.reset()
-        fused = run(model, policy, "eager", True, **inputs)
         torch.testing.assert_close(fused, want, rtol=5e-2, atol=5e-2)  # two layers of rounding in another order
-
-
-# ----------------------------------------------------------------------------------------------- exact top-K
-
-
-@pytest.mark.parametrize(
-    ("name", "experts"), [*((name, "grouped_mm") for name in tiny.ARCHS), ("gpt_oss", "batched_mm"), ("qwen3_moe", "eager")]
-)
-def test_without_a_policy_the_inner_compiler_gets_dynamos_own_graphs(name: str, experts: str) -> None:
-    model, inputs = tiny.build(name, experts), tiny.tokens(2, 5)
-    seen: list[str] = []
-    alone: list[str] = []
-
-    def keep(into: list[str]) -> Any:
-        return lambda gm, _: into.append(gm.print_readable(print_output=False)) or gm.forward
-
-    with torch.no_grad():
-        torch.compile(model, backend=keep(alone))(**inputs)
-        torch._dynamo.reset()
-        torch.compile(model, backend="moe_sparse", options={"inner": keep(seen), "fuse_experts": False})(**inputs)
-    assert seen == alone
-    assert seen
 
 
 # ------------------------------------------------------------------------------------------------------ modes
 
 
-@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm", "eager"])
-def test_dynamic_shapes_and_changing_batches(experts: str) -> None:
+@pytest.mark.parametrize("dynamic", [True, None])
+@pytest.mark.parametrize(("experts", "inner"), [("grouped_mm", "aot_eager"), ("batched_mm", "eager"), ("eager", "eager")])
+def test_dynamic_shapes_and_changing_batches(experts: str, inner: str, dynamic: bool | None) -> None:
     name = "deepseek_v3"
     model, artifact = tiny.build(name, experts), tiny.random_artifact(name)
     policy, rule = policies(artifact)["beam+sere"]
-    options = {"policy": policy, "inner": "aot_eager", "strict": True}
-    for dynamic, shapes in ((True, ((2, 9), (3, 5))), (None, ((2, 9), (1, 1), (4, 7)))):
-        torch._dynamo.reset()
-        compiled = torch.compile(model, backend="moe_sparse", options=options, dynamic=dynamic)
-        for batch, length in shapes:
-            inputs = tiny.tokens(batch, length, seed=batch)
-            # transformers wraps all forwards in one function, which soon is compiled as often as Dynamo compiles any
-            with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
-                got = compiled(**inputs).logits
-            assert_same(got, tiny.expected(model, name, rule, **inputs))
+    options = {"policy": policy, "inner": inner, "strict": True}
+    compiled = torch.compile(model, backend="moe_sparse", options=options, dynamic=dynamic)
+    for batch, length in ((2, 9), (3, 5)) if dynamic else ((2, 9), (1, 1), (4, 7)):
+        inputs = tiny.tokens(batch, length, seed=batch)
+        # transformers wraps all forwards in one function, which soon is compiled as often as Dynamo compiles any
+        with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
+            got = compiled(**inputs).logits
+        assert_same(got, tiny.expected(model, name, rule, **inputs))
 
 
 @pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])

@@ -88,7 +88,7 @@ def test_tuned_settings_keep_the_limit_go_into_the_artifact_and_beat_the_best_gl
     evaluator = Evaluator(model, texts)
     worst = evaluator.evaluate("worst", moe_fx.SERE(artifact, primary=1)).kl
     limit = Limit(max_kl=worst / 2)
-    with mock.patch.multiple("moe_fx.tune", _CHECKS=3, _MEASUREMENTS=4):
+    with mock.patch.multiple("moe_fx.tune", _CHECKS=2, _MEASUREMENTS=3):
         tuned = tune(model, artifact, texts, limit, evaluator=evaluator)
     assert tuned.chosen.kl <= limit.nats
     assert tuned.best_global is None or tuned.chosen.active_experts <= tuned.best_global.active_experts

@@ -253,8 +253,7 @@ def test_equals_a_loop_by_hand(implementation, activation, gated, limit, transpo
 
 
 @IMPLEMENTATIONS
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-@pytest.mark.parametrize("num_tokens", [1, 3, 40])
+@pytest.mark.parametrize(("num_tokens", "dtype"), [(1, torch.bfloat16), (3, torch.float32), *((40, d) for d in FLOAT_DTYPES)])
 def test_equals_the_reference_at_larger_sizes(implementation, num_tokens, dtype):
     """More rows per expert than one tile has, and sizes that fill whole tiles and slices."""
     case = Case(num_tokens, top_k=4, num_experts=8, hidden=128, intermediate=64, out=64, dtype=dtype, off=0.2, bias=True)
@@ -403,7 +402,6 @@ def compiled(monkeypatch):
 @pytest.mark.parametrize(
     "settings_of_case",
     [
-        {"dtype": torch.bfloat16},
         {"dtype": torch.float16, "bias": True, "activation": "swiglu_clamped", "gated": "interleaved", "limit": 0.3},
         {"dtype": torch.float32, "activation": "relu2", "gated": "none", "hidden": 64, "intermediate": 32},
     ],
@@ -487,7 +485,7 @@ def test_compiled_equals_the_reference(data):
     case = Case(
         num_tokens=data.draw(st.integers(1, 40)),
         top_k=4,
-        num_experts=data.draw(st.sampled_from([4, 9])),
+        num_experts=9,  # each number of them takes compiling anew
         seed=data.draw(st.integers(0, 10**6)),
         dtype=torch.bfloat16,
         ids_dtype=data.draw(st.sampled_from(ID_DTYPES)),
@@ -507,7 +505,7 @@ def test_compiled_equals_the_reference(data):
 def test_many_layers_meet_no_limit_of_dynamo(compiled):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    for hidden in (8, 16, 24, 32, 40):
+    for hidden in (8, 16, 24):
         with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
             check(on_cpu, Case(3, top_k=1, num_experts=1, hidden=hidden))
     assert None not in compiled.values()

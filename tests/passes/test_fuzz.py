@@ -5,52 +5,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from hypothesis import assume, given, settings
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import moe_fx
 from moe_fx.kernels import reference
-from moe_fx.pipeline import Settings, run
-from moe_fx.report import Report
+from moe_fx.policy import Policy
 from moe_fx.testing import tolerance
 from random_moe import Block, Recipe, recipes
 from random_others import Other, others
+from variants import run_each
 
 EXAMPLES = settings(max_examples=min(500, settings().max_examples))
 TAU = 0.5
-
-
-class Variants:
-    """A compiler that rewrites each graph once for each of several settings, of which ``chosen`` runs.
-
-    Dynamo traces once, which takes longer than all the rest.
-    """
-
-    def __init__(self, wanted: Sequence[Settings]) -> None:
-        self.reports = [Report() for _ in wanted]
-        self.chosen = 0
-        self._wanted = wanted
-
-    def __call__(self, gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        graphs = [run(gm, wanted, report) for wanted, report in zip(self._wanted, self.reports, strict=True)]
-        return lambda *args: graphs[self.chosen](*args)
-
-
-def compiled(module: nn.Module, x: Tensor, wanted: Sequence[Settings]) -> list[tuple[Tensor, Report]]:
-    """What a module gives under each of the settings, and what was done to it."""
-    torch._dynamo.reset()
-    variants = Variants(wanted)
-    model = torch.compile(module, backend=variants, fullgraph=True)
-    results = []
-    with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        for index, report in enumerate(variants.reports):
-            variants.chosen = index
-            results.append((model(x), report))
-    return results
 
 
 class Wrapped(nn.Module):
@@ -86,20 +56,20 @@ def test_random_moe_is_found_and_rewritten_as_defined(recipe: Recipe) -> None:
         masked, masked_ids = reference.beam_mask(weights, ids, rows.float() @ tables["mask_router"].T, TAU)
         return torch.where(masked_ids < 0, ids, masked_ids), masked
 
-    policies = {
+    policies: dict[Policy, Any] = {
         moe_fx.TopK(): nothing,
         moe_fx.SERE(artifact, primary=primary, threshold=threshold): sere,
         moe_fx.BEAM(artifact, tau=TAU): beam,
     }
-    wanted = [Settings((policy,), strict=True, fuse=fuse) for policy in policies for fuse in (False, True)]
+    wanted = [{"policy": policy, "strict": True, "fuse_experts": fuse} for policy in policies for fuse in (False, True)]
     exact = block(x)
     with torch.no_grad():
         torch.testing.assert_close(exact, block.expected(x, nothing), **tolerance(recipe.dtype))
-    for settings_, (got, report) in zip(wanted, compiled(Wrapped(block), x, wanted), strict=True):
+    for options, (got, report) in zip(wanted, run_each(Wrapped(block), wanted, x), strict=True):
         found = [(s.name, s.num_experts, s.top_k, s.hidden_size) for s in report.sites]
         assert found == [("block", experts, recipe.picks, hidden)]
-        torch.testing.assert_close(got, block.expected(x, policies[settings_.policies[0]]), **tolerance(recipe.dtype))
-        if settings_.policies == (moe_fx.TopK(),) and not settings_.fuse:
+        torch.testing.assert_close(got, block.expected(x, policies[options["policy"]]), **tolerance(recipe.dtype))
+        if options["policy"] == moe_fx.TopK() and not options["fuse_experts"]:
             assert torch.equal(got, exact)
             assert report.ops_before == report.ops_after
 
@@ -114,7 +84,7 @@ def test_what_is_no_routing_is_never_rewritten(other: Other) -> None:
     tables = {"similarity": torch.rand(other.choices, other.choices), "mask_router": torch.randn(other.choices, other.hidden)}
     artifact = moe_fx.Artifact({"": tables})
     policies = (moe_fx.TopK(), moe_fx.SERE(artifact, primary=1), moe_fx.BEAM(artifact, tau=TAU))
-    for got, report in compiled(module, x, [Settings((policy,), fuse=True) for policy in policies]):
+    for got, report in run_each(module, [{"policy": policy, "fuse_experts": True} for policy in policies], x):
         assert report.sites == []
         assert report.ops_before == report.ops_after
         torch.testing.assert_close(got, exact, rtol=0, atol=0)

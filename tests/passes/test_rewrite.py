@@ -18,6 +18,7 @@ from moe_fx.kernels import reference
 from moe_fx.passes.find_sites import find_sites
 from moe_fx.passes.normalize import normalize
 from moe_fx.testing import tolerance
+from variants import run_each
 
 T = 4
 
@@ -66,18 +67,17 @@ def test_found_with_the_right_shape(cls: type[layers.Layer]) -> None:
 
 
 @pytest.mark.parametrize("cls", ROUTES)
-@pytest.mark.parametrize("primary", [1, 2])
-@pytest.mark.parametrize("threshold", [0.0, 0.3])
-def test_sere_is_the_definition(cls: type[layers.Layer], primary: int, threshold: float) -> None:
+def test_sere_is_the_definition(cls: type[layers.Layer]) -> None:
     layer, x, artifact = make(cls)
     ids, weights = decided(layer, x)
-    moved = reference.sere_reroute(ids, artifact.sites[""]["similarity"], primary, threshold)
-    want = run(layer, x, moved, weights)
-    got = compiled(layer, x, moe_fx.SERE(artifact, primary=primary, threshold=threshold), strict=True)
-    torch.testing.assert_close(got, want, **tolerance(torch.float32))
-    assert moe_fx.last_report().ops_after["moe_fx.sere_reroute"] == 1
-    if primary == 1 and threshold == 0 and ROUTES[cls] > 1:
-        assert not torch.equal(moved, ids), "something must move for the test to mean anything"
+    policies = [moe_fx.SERE(artifact, primary=s, threshold=threshold) for s in (1, 2) for threshold in (0.0, 0.3)]
+    results = run_each(layer, [{"policy": policy, "strict": True} for policy in policies], x)
+    for policy, (got, report) in zip(policies, results, strict=True):
+        moved = reference.sere_reroute(ids, artifact.sites[""]["similarity"], policy.primary, policy.threshold)
+        torch.testing.assert_close(got, run(layer, x, moved, weights), **tolerance(torch.float32))
+        assert report.ops_after["moe_fx.sere_reroute"] == 1
+        if policy.primary == 1 and policy.threshold == 0 and ROUTES[cls] > 1:
+            assert not torch.equal(moved, ids), "something must move for the test to mean anything"
 
 
 class AddedAtPlaces(layers.LoopOverExperts):
@@ -139,13 +139,10 @@ def test_policies_are_the_definition_where_rows_are_written_to_places(cls: type[
     assert (moved[:, 0] == moved[:, 1]).any(), "a token must have an expert twice for the test to mean anything"
     masked, _ = reference.beam_mask(weights, ids, x @ site["mask_router"].T, 0.6)
     policies = [moe_fx.TopK(), moe_fx.SERE(artifact, primary=1), moe_fx.BEAM(artifact, tau=0.6)]
-    for policy, new_ids, new_weights in zip(policies, (ids, moved, ids), (weights, weights, masked), strict=True):
-        torch._dynamo.reset()
-        options = {"policy": policy, "inner": "eager", "strict": True}
-        with torch.no_grad():
-            got = torch.compile(layer, backend="moe_sparse", options=options, fullgraph=True)(x)
+    results = run_each(layer, [{"policy": policy, "strict": True} for policy in policies], x)
+    for (got, report), new_ids, new_weights in zip(results, (ids, moved, ids), (weights, weights, masked), strict=True):
         torch.testing.assert_close(got, run(layer, x, new_ids, new_weights), **tolerance(torch.float32))
-    assert [s.top_k for s in moe_fx.last_report().sites] == [layers.K]
+        assert [s.top_k for s in report.sites] == [layers.K]
     (routing,), _ = find_sites(captured(layer, x, fullgraph=True))
     assert routing.distinct == distinct
 
