@@ -22,7 +22,7 @@ from moe_fx.policy import BEAM, SERE, Policy, TopK, from_config
 from moe_fx.vllm import metrics
 
 KEY = "moe_fx"
-OLDEST, NEWEST = (0, 26), (0, 32)  # the minor versions of vLLM whose sources this package was written against
+OLDEST, NEWEST = (0, 26), (0, 33)  # the minor versions of vLLM whose sources this package was written against
 PASS_KEY = "post_grad_custom_post_pass"
 SERVED = (SERE, BEAM, TopK)  # the other policies are there to be compared with, outside an engine
 
@@ -233,7 +233,7 @@ def _check_travels(entry: Mapping[str, Any]) -> None:
 
 
 def _check_compiles(vllm_config: Any) -> None:
-    """Raises VllmError where vLLM would run the model without compiling it, so that no pass would see it."""
+    """Raises VllmError where vLLM would run the model, or decode with it, without compiling it, so that no pass would see it."""
     compilation = vllm_config.compilation_config
     if vllm_config.model_config is not None and vllm_config.model_config.enforce_eager:
         raise VllmError("moe_fx rewrites compiled graphs, and enforce_eager compiles none: leave enforce_eager out")
@@ -242,6 +242,12 @@ def _check_compiles(vllm_config: Any) -> None:
             f"moe_fx rewrites graphs that vLLM compiles with Inductor, but the compilation mode is {compilation.mode!r} and the "
             f"backend '{compilation.backend}': leave both at their defaults (on a CPU vLLM does not compile with LoRA)"
         )
+    # from vLLM 0.33 on; both run some decode steps of DeepSeek-V4 elsewhere, and the warm-up's in the compiled graph
+    decode = vllm_config.additional_config.get("decode_backend", "auto")
+    if decode != "auto":
+        raise VllmError(f"moe_fx rewrites compiled graphs, and decode_backend '{decode}' decodes without one: leave it out")
+    if getattr(getattr(vllm_config, "kernel_config", None), "monokernel", False):
+        raise VllmError("moe_fx rewrites compiled graphs, and --monokernel decodes without one: leave it out")
 
 
 def _check_place(vllm_config: Any) -> None:

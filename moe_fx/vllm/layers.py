@@ -39,14 +39,19 @@ def install(runner: Any, settings: EngineSettings, device: torch.device) -> None
         ArtifactError: an artifact that does not fit the model.
     """
     layers = moe_layers(runner.get_model())
+    whole = runner.vllm_config.parallel_config.pipeline_parallel_size == 1
     if not layers:
+        if whole and runner.vllm_config.model_config.get_num_experts() > 0:
+            raise VllmError(
+                "the model runs its experts past vLLM's own MoE layers, as kernels do that include the communication, so no pass "
+                "can reach their routing: choose another MoE kernel (--moe-backend triton)"
+            )
         logger.warning("moe_fx: the model has no mixture-of-experts layer, so the policy does nothing")
         return
     for name, layer in layers.items():
         reason = obstacle(layer, settings)
         if reason is not None:
             raise VllmError(f"moe_fx cannot change the routing of '{name}': {reason}")
-    whole = runner.vllm_config.parallel_config.pipeline_parallel_size == 1
     tensors = [_tensors_of(policy, layers, whole, device) for policy in settings.policies]
     for name, layer in layers.items():
         sere = next((p.at(site) for p, (sites, _) in zip(settings.policies, tensors, strict=True)
@@ -80,6 +85,8 @@ def obstacle(layer: Any, settings: EngineSettings) -> str | None:
         return "its router has taken out the picks of zero experts, and what is left in their place would vote like real picks"
     if not settings.switches_off and all(isinstance(p, TopK) for p in settings.policies):
         return None
+    if getattr(getattr(layer, "routed_experts", None), "expert_substitution", None) is not None:  # from vLLM 0.33 on
+        return "some of its experts are constants, which cost nothing and would vote and be moved like others"
     if layer.do_naive_dispatch_combine or config.is_sequence_parallel or config.moe_parallel_config.pcp_size > 1:
         return "its router sees the tokens of other ranks, and cannot tell which are padding: serve without sequence-parallel MoE"
     if settings.switches_off and layer.routed_input_transform is not None:

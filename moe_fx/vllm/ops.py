@@ -247,11 +247,11 @@ def _define(name: str, schema: str, function: Callable[..., Any], fake: Callable
 
 
 def _define_opaque(name: str, forward: MoEForward, fake: MoEForward) -> None:
-    """An op of ours with the very schema of vLLM's op of that name."""
+    """An op of ours with the very schema and tags of vLLM's op of that name: what they ask of strides differs by version."""
     theirs = getattr(torch.ops.vllm, name).default
     written = [a.name for a in theirs._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     schema = torch.library.infer_schema(forward, mutates_args=written)
-    _define(name, schema, _rerouting(), fake, (torch.Tag.needs_fixed_stride_order,))
+    _define(name, schema, _rerouting(), fake, tuple(theirs.tags))
     _OURS[theirs] = getattr(torch.ops.moe_fx, name).default
 
 

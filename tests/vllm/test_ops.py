@@ -1,5 +1,6 @@
 """What runs inside vLLM's graphs, called directly: padding, expert placement, order of picks, refusals."""
 
+import contextlib
 import copy
 import threading
 from types import SimpleNamespace
@@ -402,6 +403,8 @@ def with_zero_experts():
         ({"moe_config": with_deferred_sums()}, moe_fx.SERE(), "outside vLLM's MoE op in small batches"),
         ({"router": object()}, moe_fx.SERE(), "has no step between"),
         ({"router": with_zero_experts()}, moe_fx.SERE(), "has taken out the picks of zero experts"),
+        ({"routed_experts": SimpleNamespace(expert_substitution=len)}, moe_fx.SERE(), "experts are constants"),
+        ({"routed_experts": SimpleNamespace(expert_substitution=len)}, moe_fx.TopK(), None),
         ({"do_naive_dispatch_combine": True}, moe_fx.SERE(), "sees the tokens of other ranks"),
         ({"routed_input_transform": len}, moe_fx.BEAM(), "BEAM's mask router reads the router's own input"),
         ({"routed_input_transform": len}, moe_fx.SERE(), None),
@@ -429,7 +432,7 @@ def test_a_layer_that_was_never_rerouted_stops_the_start(ops):
         layers.check_all_ran(None)
 
 
-@pytest.mark.parametrize("version", ["0.25.1", "0.33.0", "1.0.0", "dev"])
+@pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "1.0.0", "dev"])
 def test_another_vllm_is_refused(version, monkeypatch):
     import vllm
 
@@ -437,7 +440,7 @@ def test_another_vllm_is_refused(version, monkeypatch):
 
     config.check_version()
     monkeypatch.setattr(vllm, "__version__", version)
-    with pytest.raises(config.VllmError, match=rf"supports vLLM 0.26 to 0.32, but vLLM {version} is installed"):
+    with pytest.raises(config.VllmError, match=rf"supports vLLM 0.26 to 0.33, but vLLM {version} is installed"):
         config.check_version()
 
 
@@ -472,6 +475,21 @@ def test_a_runner_without_a_mask_is_refused_micro_batches(monkeypatch):
     monkeypatch.setattr(layers, "moe_layers", lambda model: {NAME: opaque_layer_like()})
     with pytest.raises(config.VllmError, match="leave --enable-dbo out"):
         layers.install(runner, settings, torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("experts", "ranks", "refused"), [(8, 1, True), (8, 2, False), (0, 1, False)])
+def test_experts_outside_vllms_own_layers_are_refused(experts, ranks, refused):
+    """A rank of a pipeline may have none, and then does nothing."""
+    from moe_fx.vllm import config, layers
+
+    vllm_config = SimpleNamespace(
+        parallel_config=SimpleNamespace(pipeline_parallel_size=ranks),
+        model_config=SimpleNamespace(get_num_experts=lambda: experts),
+    )
+    runner = SimpleNamespace(get_model=lambda: torch.nn.Linear(2, 2), vllm_config=vllm_config)
+    settings = config.EngineSettings((moe_fx.TopK(),), stats=True)
+    with pytest.raises(config.VllmError, match="past vLLM's own MoE layers") if refused else contextlib.nullcontext():
+        layers.install(runner, settings, torch.device("cpu"))
 
 
 def opaque_layer_like():
@@ -521,6 +539,24 @@ def test_a_configuration_that_served_another_engine_gets_the_new_policy(engine_c
     assert [p.before for p in passes] == [own] * 3
     assert passes[0].uuid() != passes[2].uuid()
     assert first.additional_config["moe_fx"]["digest"] != second.additional_config["moe_fx"]["digest"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"decode_backend": "latency_specialized"}, "decode_backend 'latency_specialized' decodes without one"),
+        ({"monokernel": True}, "--monokernel decodes without one"),
+        ({"decode_backend": "auto", "monokernel": False}, None),
+    ],
+)
+def test_decoding_past_the_compiled_graph_is_refused(engine_config, changed, words):
+    from moe_fx.vllm import config
+
+    asked = engine_config(name="sere")
+    asked.additional_config |= {key: changed[key] for key in ("decode_backend",) if key in changed}
+    asked.kernel_config = SimpleNamespace(monokernel=changed.get("monokernel", False))
+    with contextlib.nullcontext() if words is None else pytest.raises(config.VllmError, match=words):
+        config.prepare(asked)
 
 
 def write_nothing(graph):

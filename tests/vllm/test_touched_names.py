@@ -33,7 +33,7 @@ TOUCHED = {
         "": ["CallableInductorPass"], "InductorPass": ["uuid", "hash_dict", "is_applicable_for_range"],
     },
     "config/vllm.py": {"VllmConfig": ["additional_config", "compilation_config", "model_config", "parallel_config"]},
-    "config/model.py": {"ModelConfig": ["model", "enforce_eager"]},
+    "config/model.py": {"ModelConfig": ["model", "enforce_eager", "get_num_experts"]},
     "config/compilation.py": {"CompilationConfig": ["mode", "backend", "inductor_compile_config"]},
     "config/parallel.py": {
         "ParallelConfig": ["rank", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_index", "use_ubatching"],
