@@ -99,7 +99,7 @@ def test_any_share_of_the_picks_off(name: str) -> None:
     plain = tiny.expected(model, name, None, **inputs)
     cases = [(label, share, fuse) for label in ("beam", "beam+sere") for share in SHARES for fuse in (True, False)]
     asked = [policies(artifacts[share])[label] for label, share, _ in cases]
-    wanted = [{"policy": policy, "fuse_experts": case[2], "strict": True} for case, (policy, _) in zip(cases, asked, strict=True)]
+    wanted = [{"policy": p, "fuse_experts": fuse, "strict": True} for (p, _), (*_, fuse) in zip(asked, cases, strict=True)]
     results = run_each(model, wanted, **inputs)
     for (label, share, fuse), (_, rule), (output, report) in zip(cases, asked, results, strict=True):
         want = tiny.expected(model, name, rule, **inputs)
@@ -163,6 +163,28 @@ def test_low_precision(dtype: torch.dtype) -> None:
         want = tiny.expected(model, name, rule, **inputs)
         assert torch.equal(got, want), label  # the same kernels in the same order
         torch.testing.assert_close(fused, want, rtol=5e-2, atol=5e-2)  # two layers of rounding in another order
+
+
+# ----------------------------------------------------------------------------------------------- exact top-K
+
+
+@pytest.mark.parametrize(
+    ("name", "experts"), [*((name, "grouped_mm") for name in tiny.ARCHS), ("gpt_oss", "batched_mm"), ("qwen3_moe", "eager")]
+)
+def test_without_a_policy_the_inner_compiler_gets_dynamos_own_graphs(name: str, experts: str) -> None:
+    model, inputs = tiny.build(name, experts), tiny.tokens(2, 5)
+    seen: list[str] = []
+    alone: list[str] = []
+
+    def keep(into: list[str]) -> Any:
+        return lambda gm, _: into.append(gm.print_readable(print_output=False)) or gm.forward
+
+    with torch.no_grad():
+        torch.compile(model, backend=keep(alone))(**inputs)
+        torch._dynamo.reset()
+        torch.compile(model, backend="moe_sparse", options={"inner": keep(seen), "fuse_experts": False})(**inputs)
+    assert seen == alone
+    assert seen
 
 
 # ------------------------------------------------------------------------------------------------------ modes
